@@ -1,0 +1,13 @@
+# The demo's genre classifier: 4 genres of the same synthetic clips, which follow from drums and bass.
+data = "data/demo_clips"
+task = "genre"
+sources = ["vocals", "other", "drums", "bass"]  # as config/demo_sep.py, for when it starts from scratch
+pool = "avg"
+widths = [8, 16, 16, 32, 32, 32]
+tail_widths = [16, 16, 32, 32, 32, 32, 64]
+bn_momentum = 0.1
+recipe = "modern"
+learning_rate = 2e-3
+batch_size = 8
+epochs = 8         # x 12 batches of 8
+compile = False

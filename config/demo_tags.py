@@ -1,0 +1,13 @@
+# The demo's tagger: 15 tags of synthetic clips, 96 of them to learn from.
+data = "data/demo_clips"
+task = "tags"
+sources = ["vocals", "other", "drums", "bass"]  # as config/demo_sep.py, for when it starts from scratch
+pool = "avg"
+widths = [8, 16, 16, 32, 32, 32]
+tail_widths = [16, 16, 32, 32, 32, 32, 64]
+bn_momentum = 0.1
+recipe = "modern"
+learning_rate = 2e-3
+batch_size = 8
+epochs = 8         # x 12 batches of 8
+compile = False

@@ -1,0 +1,82 @@
+"""
+Turns datasets into the prepared format that training reads (see data.py).
+
+    python prepare_data.py demo              # data/demo_songs and data/demo_clips, synthesised from a seed in seconds
+"""
+import os
+import shutil
+import time
+
+import numpy as np
+
+import synth
+from data import SPLITS, TRACKS, to_int16, write_index
+from model import SAMPLE_RATE
+from runtime import clock, configure, die
+
+out = "data"                # prepared data goes to OUT/<name>/
+seed = 1                    # of everything that is random
+overwrite = False           # replace prepared data that is already there
+songs = [40, 8, 8]          # demo: songs with stems for train, valid, test
+song_seconds = 24           # demo: length of each
+clips = [96, 48, 240]      # demo: labelled clips for train, valid, test; each from a song of its own
+clip_seconds = 8            # demo: length of each
+
+
+def write_folder(name, kind, make, n_items, **more):
+    """Writes out/<name>/ from make(i) -> (item, (tracks, length) float array), under another name until it is complete."""
+    folder = os.path.join(out, name)
+    if os.path.exists(folder) and not overwrite:
+        print(f"{folder} is there already: nothing done (--overwrite=True makes it anew)")
+        return
+    temporary = f"{folder}.{os.getpid()}.tmp"
+    os.makedirs(temporary)
+    items, written, began = [], 0, time.time()
+    with open(os.path.join(temporary, "audio.int16"), "wb") as f:
+        for i in range(n_items):
+            item, tracks = make(i)
+            items.append({**item, "offset": written, "length": tracks.shape[1]})
+            f.write(to_int16(tracks).tobytes())
+            written += tracks.size
+            if (i + 1) % 40 == 0 or i + 1 == n_items:
+                spent = time.time() - began
+                print(f"{folder}: {i + 1}/{n_items} items, {clock(spent)}, ETA {clock(spent / (i + 1) * (n_items - i - 1))}", flush=True)
+    write_index(temporary, kind, items, written, [], **more)
+    if os.path.exists(folder):
+        shutil.rmtree(folder)
+    os.rename(temporary, folder)
+    hours = written / SAMPLE_RATE / 3600
+    print(f"{folder}: " + ", ".join(f"{sum(i['split'] == s for i in items)} {s}" for s in SPLITS) + f", {hours:.2f} hours of tracks, {2 * written / 1e6:.0f} MB")
+
+
+def split_of(i, counts):
+    return SPLITS[int(np.searchsorted(np.cumsum(counts), i, "right"))]
+
+
+def prepare_demo():
+    """Songs with four stems to separate, and clips of other songs with tags and a genre; few labels, so that what separation taught can matter."""
+    classes = {"tags": list(synth.TAGS), "genre": list(synth.GENRES)}
+
+    def make_song(i):
+        rng = np.random.default_rng([seed, 0, i])
+        tracks = synth.render(synth.sketch(rng, full=True), song_seconds * SAMPLE_RATE, rng)
+        return {"name": f"song {i}", "split": split_of(i, songs)}, np.stack([tracks[t] for t in TRACKS])
+
+    def make_clip(i):
+        rng = np.random.default_rng([seed, 1, i])
+        song = synth.sketch(rng)
+        item = {"name": f"clip {i}", "split": split_of(i, clips), "genre": [classes["genre"].index(song["genre"])],
+                "tags": sorted(classes["tags"].index(t) for t in synth.labels(song))}
+        return item, synth.render(song, clip_seconds * SAMPLE_RATE, rng)["mixture"][None]
+
+    write_folder("demo_songs", "stems", make_song, sum(songs))
+    write_folder("demo_clips", "clips", make_clip, sum(clips), classes=classes, multilabel=["tags"])
+
+
+DATASETS = {"demo": prepare_demo}
+
+if __name__ == "__main__":
+    _, names = configure(globals(), configs=False)
+    if len(names) != 1 or names[0] not in DATASETS:
+        die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f" (not {' '.join(names)})" if names else ""))
+    DATASETS[names[0]]()
