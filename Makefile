@@ -26,7 +26,7 @@ demo: $(VENV)/.complete
 	for seed in $(SEEDS); do \
 		$(PY) finetune_cls.py config/demo_tags.py config/tail.py --seed=$$seed --out=ckpt/demo_tail-seed$$seed.pt --overwrite=True && \
 		$(PY) finetune_cls.py config/demo_tags.py config/scratch.py --seed=$$seed --out=ckpt/demo_scratch-seed$$seed.pt --overwrite=True && \
-		$(PY) finetune_cls.py config/demo_tags.py --init=ckpt/demo_sep.pt --seed=$$seed --out=ckpt/demo_pretrained-seed$$seed.pt --overwrite=True \
+		$(PY) finetune_cls.py config/demo_tags.py --init=ckpt/demo_sep.pt --unet_lr=0.1 --seed=$$seed --out=ckpt/demo_pretrained-seed$$seed.pt --overwrite=True \
 		|| exit 1; \
 	done
 	$(PY) eval.py ckpt/demo_sep.pt --overwrite=True

@@ -49,6 +49,7 @@ batch_size = 16                 # clips, one random crop of each
 chunk = 0                       # an epoch is whole chunks of so many clips, the last one left out (the paper: 1024); 0: all whole batches
 epochs = 200                    # at most
 learning_rate = 1e-4            # Adam or AdamW
+unet_lr = 1.0                   # the U-Net learns at this share of every learning rate
 patience = 10                   # paper: epochs without a better validation loss before the next phase
 sgd_rates = [1e-3, 1e-4, 1e-5]  # paper: learning rates of the SGD phases
 warmup = 0.1                    # modern: share of the steps to warm up in
@@ -106,6 +107,7 @@ def copy_by_name(part, weights, source, fresh=()):
 def build(clips):
     """The classifier, with what `init` and `tail` hold already in it."""
     runtime.choose("variant", variant, model.VARIANTS)
+    runtime.choose("pool", pool, ["", "max", "avg"])
     if variant == "tail" and (init or tail):
         die("variant=tail has no U-Net: it takes neither init nor tail")
     if tail and variant != "v3":
@@ -137,10 +139,16 @@ def build(clips):
 
 def make_optimizer(net, phase):
     """phase 0 is Adam(W), phases 1.. of the paper's recipe are SGD."""
-    weights = [p for p in net.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in part.parameters() if p.requires_grad], "share": unet_lr if name == "unet" else 1.0}
+              for name, part in net.train_parts().items()]
     if recipe == "modern":
-        return torch.optim.AdamW(weights, learning_rate, weight_decay=weight_decay)
-    return torch.optim.SGD(weights, sgd_rates[phase - 1]) if phase else torch.optim.Adam(weights, learning_rate, eps=1e-7)  # Keras' epsilon
+        return torch.optim.AdamW(groups, weight_decay=weight_decay)
+    return torch.optim.SGD(groups) if phase else torch.optim.Adam(groups, eps=1e-7)  # Keras' epsilon
+
+
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["share"]
 
 
 def modern_lr(step, steps):
@@ -221,9 +229,8 @@ def main(config, out):
         batches = prefetch(lambda numbers: train_clips.batch(epoch, numbers), cuts, workers, pin=device.startswith("cuda"))
         train_loss, n_losses, waited, began = 0.0, 0, 0.0, time.time()
         for step in range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch):
-            if recipe == "modern":
-                for group in optimizer.param_groups:
-                    group["lr"] = modern_lr(step, epochs * steps_per_epoch)
+            lr = modern_lr(step, epochs * steps_per_epoch) if recipe == "modern" else sgd_rates[phase - 1] if phase else learning_rate
+            set_lr(optimizer, lr)
             torch.manual_seed((seed << 32) + step)  # dropout too is a function of seed and step, so that resuming changes nothing
             asked = time.time()
             wave, target = (t.to(device, non_blocking=True) for t in next(batches))                 # (B, 61792), (B, classes)
@@ -243,7 +250,7 @@ def main(config, out):
                 train_loss, spent = float(train_loss) / n_losses, time.time() - began
                 if not math.isfinite(train_loss):
                     die(f"the loss is {train_loss} at step {step + 1}: lower learning_rate, set grad_clip, or use --dtype=float32 or bfloat16")
-                rate, lr = n_losses * batch_size / spent, optimizer.param_groups[0]["lr"]
+                rate = n_losses * batch_size / spent
                 log(f"epoch {epoch:3d} step {step + 1:6d} | loss {train_loss:.5f} | lr {lr:.2e} | {rate:.1f} clips/s | waiting for data "
                     f"{100 * waited / spent:.0f}%", epoch=epoch, step=step + 1, loss=train_loss, lr=lr, clips_per_s=round(rate, 2),
                     data_wait=round(waited / spent, 4))

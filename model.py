@@ -55,8 +55,8 @@ def istft(spec):
     frames = frames.unflatten(-1, (-1, HOP))                                                        # (..., T, 4, 160)
     n_frames, overlaps = frames.shape[-3], frames.shape[-2]
     hops = frames.new_zeros(*frames.shape[:-3], n_frames + overlaps - 1, HOP)
-    for k in range(overlaps):
-        hops[..., k:k + n_frames, :] += frames[..., k, :]
+    for k, part in enumerate(frames.unbind(-2)):
+        hops[..., k:k + n_frames, :] += part
     return hops.flatten(-2)[..., :(n_frames - 1) * HOP + WIN]
 
 

@@ -19,8 +19,8 @@ seed = 1                    # of everything that is random
 overwrite = False           # replace prepared data that is already there
 songs = [40, 8, 8]          # demo: songs with stems for train, valid, test
 song_seconds = 24           # demo: length of each
-clips = [96, 48, 240]      # demo: labelled clips for train, valid, test; each from a song of its own
-clip_seconds = 8            # demo: length of each
+clips = [96, 48, 200]      # demo: labelled clips for train, valid, test; each from a song of its own
+clip_seconds = 6            # demo: length of each
 
 
 def write_folder(name, kind, make, n_items, **more):

@@ -84,6 +84,7 @@ def main(config, out):
     rank, world = process
     if batch_size % (accumulate * world):
         die(f"batch_size={batch_size} must be a multiple of accumulate x processes = {accumulate * world}")
+    runtime.choose("pool", pool, ["max", "avg"])
     micro = batch_size // (accumulate * world)
     songs = Prepared(data, "stems")
     train_mixes, val_set = Mixes(songs, "train", sources, seed), Mixes(songs, "valid", sources, 0)

@@ -148,7 +148,7 @@ def keep_freed_memory():
     if mallopt:
         M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
         mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+        mallopt(M_TRIM_THRESHOLD, -1)  # as size_t: never
 
 
 def amp_dtype(dtype):

@@ -7,7 +7,7 @@ widths = [8, 16, 16, 32, 32, 32]
 tail_widths = [16, 16, 32, 32, 32, 32, 64]
 bn_momentum = 0.1
 recipe = "modern"
-learning_rate = 2e-3
+learning_rate = 2e-3  # a U-Net that is trained already wants less: --unet_lr=0.1 with --init
 batch_size = 8
-epochs = 8         # x 12 batches of 8
-compile = False
+epochs = 8            # x 12 batches of 8
+compile = False       # compiling takes longer than it saves here

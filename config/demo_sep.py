@@ -1,14 +1,14 @@
-# The demo's separator: all four sources of the synthetic songs, a fifth of the paper's width, minutes instead of days on a CPU.
+# The demo's separator: all four sources of the synthetic songs, narrower than the paper's, minutes instead of days on a CPU.
 data = "data/demo_songs"
 sources = ["vocals", "other", "drums", "bass"]
 pool = "avg"
 widths = [8, 16, 16, 32, 32, 32]
 bn_momentum = 0.1  # statistics of 0.99 per step would not settle in so few steps
-steps = 300        # x 8 mixes
+steps = 250        # x 8 mixes
 learning_rate = 3e-3
-lr_decay_every = 30
+lr_decay_every = 25
 lr_decay = 0.8
-val_every = 100
+val_every = 125
 val_mixes = 32
-log_every = 20
+log_every = 25
 compile = False    # compiling takes longer than it saves here
