@@ -44,14 +44,15 @@ class Prepared:
     def __init__(self, path, kind):
         index = os.path.join(path, "index.json")
         if not os.path.isfile(index):
-            raise ValueError(f"no prepared data in {path} (no index.json): make it with `python prepare_data.py`, or name another folder with --data=")
+            raise ValueError(f"no prepared data in {path} (no index.json): make it with prepare_data.py, or name another folder with --data=")
         with open(index, encoding="utf-8") as f:
             self.index = json.load(f)
         if self.index.get("format") != FORMAT or self.index.get("kind") != kind:
             raise ValueError(f"{index} holds {self.index.get('kind')!r} in format {self.index.get('format')}, needed are {kind!r} in format "
                              f"{FORMAT}: " + ("separation needs songs with stems" if kind == "stems" else "classification needs labelled clips"))
         if self.index["sample_rate"] != SAMPLE_RATE:
-            raise ValueError(f"{path} has audio at {self.index['sample_rate']} Hz, the networks need {SAMPLE_RATE} Hz: prepare it again with prepare_data.py")
+            raise ValueError(f"{path} has audio at {self.index['sample_rate']} Hz, the networks need {SAMPLE_RATE} Hz: "
+                             "prepare it again with prepare_data.py")
         self.path, self.audio_path, self._items = path, os.path.join(path, "audio.int16"), self.index["items"]
         size = os.path.getsize(self.audio_path) if os.path.exists(self.audio_path) else 0
         tracks = len(TRACKS) if kind == "stems" else 1

@@ -13,17 +13,16 @@ import json
 import math
 import os
 import re
-import sys
-import time
 
 import matplotlib
 import numpy as np
 import torch
 from sklearn import metrics
+from tqdm import tqdm
 
 import model
 from data import TRACKS, Clips, Prepared
-from runtime import clock, configure, die, start, write_atomically
+from runtime import configure, die, start, write_atomically
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402  (the backend comes first: there may be no display)
@@ -43,6 +42,14 @@ device = ""             # cpu, cuda, mps; empty: cuda if there is one
 # -----------------------------------------------------------------------------
 
 BLUE, ORANGE, GREEN = "#2563a8", "#d97706", "#15803d"
+
+
+def prepared_for(meta, path, kind):
+    """The data named with --data=, else what the checkpoint was trained on."""
+    folder = data or meta["config"].get("data")
+    if not folder:
+        die(f"{path} does not say what it was trained on: name a folder with --data=")
+    return Prepared(folder, kind)
 
 
 # -----------------------------------------------------------------------------
@@ -78,8 +85,8 @@ def song_metrics(bss_eval, references, estimates, wanted):
     sounding = [s for s in references if np.any(references[s])]
     frame = model.SAMPLE_RATE
     if len(sounding) > 1:
-        sdr, _, sir, sar, _ = bss_eval(np.stack([references[s] for s in sounding])[..., None], np.stack([estimates[s] for s in sounding])[..., None],
-                                       window=frame, hop=frame, compute_permutation=False)
+        stacked = [np.stack([waves[s] for s in sounding])[..., None] for waves in (references, estimates)]                # (S, N, 1)
+        sdr, _, sir, sar, _ = bss_eval(*stacked, window=frame, hop=frame, compute_permutation=False)                      # (S, frames)
     result = {}
     for s in [s for s in sounding if s in wanted]:
         result[s] = {"SI-SDR": si_sdr(references[s], estimates[s]), "new SDR": new_sdr(references[s], estimates[s])}
@@ -115,7 +122,7 @@ def separate_song(net, songs, item):
 
 
 def evaluate_separator(net, meta, path):
-    songs = Prepared(data or meta["config"].get("data") or die(f"{path} does not say what it was trained on: name a folder with --data="), "stems")
+    songs = prepared_for(meta, path, "stems")
     if sources != [""]:
         if len(sources) != len(net.sources):
             die(f"{path} has {len(net.sources)} masks, --sources names {len(sources)}")
@@ -123,8 +130,8 @@ def evaluate_separator(net, meta, path):
     unknown = [s for s in net.sources if s not in TRACKS]
     if unknown:
         die(f"{path} does not say which source it separates: name it, such as --sources=vocals")
-    bss_eval, items, began, rows = load_museval().bss_eval, songs.items(split), time.time(), []
-    for n, item in enumerate(items):
+    bss_eval, items, rows = load_museval().bss_eval, songs.items(split), []
+    for item in tqdm(items, "songs"):
         mixture, references, estimates = separate_song(net, songs, item)
         double = {s: r.astype(np.float64) for s, r in references.items()}
         ceiling = dict(zip(references, oracle(mixture, list(references.values()))))
@@ -132,9 +139,6 @@ def evaluate_separator(net, meta, path):
         for kind, guess in (("model", estimates), ("floor", {s: mixture for s in references}), ("ceiling", ceiling)):
             row[kind] = song_metrics(bss_eval, double, {s: g.astype(np.float64) for s, g in guess.items()}, net.sources)
         rows.append(row)
-        spent = time.time() - began
-        print(f"\r{n + 1}/{len(items)} songs, {clock(spent)}, ETA {clock(spent / (n + 1) * (len(items) - n - 1))}   ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
 
     # median over frames is taken, now median over songs, as museval's tables do
     keys, summary = ("SDR", "SIR", "SAR", "SI-SDR", "new SDR"), {}
@@ -157,14 +161,10 @@ def evaluate_separator(net, meta, path):
 @torch.no_grad()
 def clip_scores(net, clips):
     """(clips, classes) in [0, 1]: the mean over crops with 50 % overlap. One clip at a time, so that no batch size can change a score."""
-    scores, began = np.zeros((len(clips), len(clips.classes))), time.time()
-    for n in range(len(clips)):
+    scores = np.zeros((len(clips), len(clips.classes)))
+    for n in tqdm(range(len(clips)), "clips"):
         logits = net(clips.clip(n).to(device))[0]
         scores[n] = (torch.sigmoid(logits) if net.multilabel else torch.softmax(logits, 0)).cpu().double().numpy()
-        if (n + 1) % 50 == 0 or n + 1 == len(clips):
-            spent = time.time() - began
-            print(f"\r{n + 1}/{len(clips)} clips, {clock(spent)}, ETA {clock(spent / (n + 1) * (len(clips) - n - 1))}   ", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
     return scores
 
 
@@ -196,7 +196,7 @@ def interval(measure, targets, scores):
 
 
 def evaluate_classifier(net, meta, path):
-    prepared = Prepared(data or meta["config"].get("data") or die(f"{path} does not say what it was trained on: name a folder with --data="), "clips")
+    prepared = prepared_for(meta, path, "clips")
     clips = Clips(prepared, split, task or meta.get("task") or ("tags" if net.multilabel else "genre"))
     if len(clips.classes) != net.args["n_classes"] or (meta["classes"] and meta["classes"] != clips.classes) or clips.multilabel != net.multilabel:
         die(f"{path} knows {net.args['n_classes']} classes ({', '.join((meta['classes'] or ['unnamed'])[:3])}, ...), {prepared.path} has "
@@ -204,14 +204,14 @@ def evaluate_classifier(net, meta, path):
     targets, scores = clips.targets.numpy().astype(int), clip_scores(net, clips)
     measure = tag_metrics if net.multilabel else genre_metrics
     overall, spread = measure(targets, scores), interval(measure, targets, scores)
-    result = {"kind": "classifier", "classes": clips.classes, "metrics": overall, "interval": spread, "per_class": per_class(targets, scores, clips.classes)}
+    result = {"kind": "classifier", "classes": clips.classes, "metrics": overall, "interval": spread,
+              "per_class": per_class(targets, scores, clips.classes)}
     print(f"{path}: {net.args['variant']} classifier of {len(clips.classes)} classes on {prepared.path}, {split}: {len(clips)} clips")
     print(f"{'class':24}{'clips':>7}{'ROC-AUC':>9}{'PR-AUC':>9}" + ("" if net.multilabel else f"{'recall':>9}"))
     for row in result["per_class"]:
         print(f"{row['class']:24}{row['clips']:7d}" + "".join(f"{row[k]:9.3f}" if row[k] is not None else f"{'-':>9}" for k in list(row)[2:]))
     for key, value in overall.items():
-        print(f"{key:24}" + (f"{value:7.4f}" + (f"  95 % {spread[key][0]:.4f} to {spread[key][1]:.4f}" if key in spread else "")
-                             if isinstance(value, float) else f"{value} of {len(clips.classes)}"))
+        print(f"{key:24}{value:7.4g}" + (f"  95 % {spread[key][0]:.4f} to {spread[key][1]:.4f}" if key in spread else ""))
     if net.multilabel:
         result["floor"] = {"ROC-AUC": 0.5, "PR-AUC": float(np.mean([r["clips"] for r in result["per_class"] if r["ROC-AUC"] is not None]) / len(clips))}
         draw_bars(result["per_class"], base(path) + "_classes.png")
@@ -246,14 +246,14 @@ def save_figure(figure, path):
 
 
 def draw_separation(net, songs, items, path):
-    """A crop of the loudest test song: mixture, then per source its mask, estimate and truth."""
-    at, seconds = 0, 8
-    item = max(items, key=lambda i: np.abs(songs.read(i, "mixture", 0, min(i["length"], seconds * model.SAMPLE_RATE))).mean())
-    n = min(item["length"], seconds * model.SAMPLE_RATE)
-    mixture, references, estimates = separate_song(net, songs, {**item})
+    """The first 8 s of the test song that is loudest there: mixture, then per source its mask, estimate and truth."""
+    most = 8 * model.SAMPLE_RATE
+    item = max(items, key=lambda i: np.abs(songs.read(i, "mixture", 0, min(i["length"], most))).mean())
+    n = min(item["length"], most)
+    mixture, references, estimates = separate_song(net, songs, item)
 
     def level(wave):
-        return 20 * np.log10(model.stft(torch.from_numpy(np.ascontiguousarray(wave[at:at + n]))[None])[0].abs().numpy().T + 1e-4)  # (257, T) dB
+        return 20 * np.log10(model.stft(torch.from_numpy(wave[None, :n]))[0].abs().numpy().T + 1e-4)                      # (257, T) dB
 
     names = net.sources
     figure, axes = plt.subplots(len(names) + 1, 3, figsize=(12, 2.1 * (len(names) + 1)), squeeze=False, sharex=True, sharey=True)
@@ -378,8 +378,7 @@ def main(paths):
         draw_curves(path, base(path) + "_curves.png")
         print(f"details and pictures: {base(path)}*\n")
         results[path] = result
-    if len({r["kind"] for r in results.values()}) == 1 and len({tuple(r.get("classes", ())) for r in results.values()}) == 1 and \
-            len(results) > 1 and next(iter(results.values()))["kind"] == "classifier":
+    if len(results) > 1 and all(r.get("classes") == result.get("classes") is not None for r in results.values()):  # one task, so one table
         summarise(results)
 
 

@@ -5,14 +5,14 @@ Turns datasets into the prepared format that training reads (see data.py).
 """
 import os
 import shutil
-import time
 
 import numpy as np
+from tqdm import tqdm
 
 import synth
 from data import SPLITS, TRACKS, to_int16, write_index
 from model import SAMPLE_RATE
-from runtime import clock, configure, die
+from runtime import configure, die
 
 out = "data"                # prepared data goes to OUT/<name>/
 seed = 1                    # of everything that is random
@@ -31,22 +31,20 @@ def write_folder(name, kind, make, n_items, **more):
         return
     temporary = f"{folder}.{os.getpid()}.tmp"
     os.makedirs(temporary)
-    items, written, began = [], 0, time.time()
+    items, written = [], 0
     with open(os.path.join(temporary, "audio.int16"), "wb") as f:
-        for i in range(n_items):
+        for i in tqdm(range(n_items), folder):
             item, tracks = make(i)
             items.append({**item, "offset": written, "length": tracks.shape[1]})
             f.write(to_int16(tracks).tobytes())
             written += tracks.size
-            if (i + 1) % 40 == 0 or i + 1 == n_items:
-                spent = time.time() - began
-                print(f"{folder}: {i + 1}/{n_items} items, {clock(spent)}, ETA {clock(spent / (i + 1) * (n_items - i - 1))}", flush=True)
     write_index(temporary, kind, items, written, [], **more)
     if os.path.exists(folder):
         shutil.rmtree(folder)
     os.rename(temporary, folder)
     hours = written / SAMPLE_RATE / 3600
-    print(f"{folder}: " + ", ".join(f"{sum(i['split'] == s for i in items)} {s}" for s in SPLITS) + f", {hours:.2f} hours of tracks, {2 * written / 1e6:.0f} MB")
+    counts = ", ".join(f"{sum(i['split'] == s for i in items)} {s}" for s in SPLITS)
+    print(f"{folder}: {counts}, {hours:.2f} hours of tracks, {2 * written / 1e6:.0f} MB")
 
 
 def split_of(i, counts):
