@@ -2,10 +2,12 @@
 Prepared data: one memory-mapped file of int16 audio, 16 kHz mono, and an index; crops and random mixes drawn from it.
 
     data/<name>/audio.int16    all audio, one after another, little-endian int16
-    data/<name>/index.json     format, kind, sample_rate, n_samples, items, classes (clips), left_out [{name, reason}]
+    data/<name>/index.json     format, kind, sample_rate, n_samples, items, left_out [{name, reason}]
 
-kind "stems": an item is a song, its five tracks TRACKS lie one after another, each `length` samples long, from sample `offset` on.
-kind "clips": an item is a clip of `length` samples, with the numbers of its classes per task, such as {"tags": [0, 7], "genre": [2]}.
+An item has name, split (train, valid or test), offset and length, both in samples.
+kind "stems": an item is a song; its five tracks TRACKS lie one after another, each `length` samples long.
+kind "clips": an item is a clip, with the numbers of its classes per task, such as {"tags": [0, 7], "genre": [2]}; the index also has
+classes, the names per task, and multilabel, the list of tasks with several classes per clip.
 
 Every random number is a function of the seed and the number of the crop, so neither the batch size, the number of threads or processes,
 nor stopping and resuming changes what is drawn.
@@ -46,7 +48,15 @@ class Prepared:
         if not os.path.isfile(index):
             raise ValueError(f"no prepared data in {path} (no index.json): make it with prepare_data.py, or name another folder with --data=")
         with open(index, encoding="utf-8") as f:
-            self.index = json.load(f)
+            try:
+                self.index = dict(json.load(f))
+            except (ValueError, TypeError) as e:
+                raise ValueError(f"{index} is damaged ({e}): prepare it again with --overwrite=True") from e
+        needed = {"format", "kind", "sample_rate", "n_samples", "items"} | ({"classes", "multilabel"} if kind == "clips" else set())
+        missing = needed - self.index.keys() if self.index.get("kind") == kind else set()
+        missing |= {k for item in self.index.get("items", []) for k in {"name", "split", "offset", "length"} - item.keys()}
+        if missing:
+            raise ValueError(f"{index} lacks {', '.join(sorted(missing))}: data.py describes the format")
         if self.index.get("format") != FORMAT or self.index.get("kind") != kind:
             raise ValueError(f"{index} holds {self.index.get('kind')!r} in format {self.index.get('format')}, needed are {kind!r} in format "
                              f"{FORMAT}: " + ("separation needs songs with stems" if kind == "stems" else "classification needs labelled clips"))
@@ -123,6 +133,8 @@ class Clips:
             raise ValueError(f"{data.path} has no task {task!r}, only {', '.join(tasks)}")
         self.data, self.seed, self.classes, self.multilabel = data, seed, tasks[task], task in data.index["multilabel"]
         self.items = [i for i in data.items(split) if task in i]
+        if not self.items or any(not 0 <= c < len(self.classes) for i in self.items for c in i[task]):
+            raise ValueError(f"{data.path}: no {split} clip has {task}, or one has a class that is not in the list of {len(self.classes)}")
         self.targets = torch.zeros(len(self.items), len(self.classes))                             # (clips, classes)
         for row, item in zip(self.targets, self.items):
             row[item[task]] = 1.0

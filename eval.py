@@ -8,6 +8,7 @@ Measures checkpoints on the test split and draws what they do; says by itself wh
 
 Writes results/<checkpoint>.json and .png pictures; with several checkpoints results/summary.json, .md and .png as well.
 """
+import glob
 import importlib.util
 import json
 import math
@@ -187,11 +188,14 @@ def genre_metrics(targets, scores):
 
 
 def interval(measure, targets, scores):
-    """{metric: (low, high)}: 95 % bootstrap interval over clips."""
+    """{metric: (low, high)}: 95 % bootstrap interval over clips, {} if there is none."""
     rng, rows = np.random.default_rng(seed), []
     for _ in range(bootstrap):
         chosen = rng.integers(len(targets), size=len(targets))
-        rows.append(measure(targets[chosen], scores[chosen]))
+        try:
+            rows.append(measure(targets[chosen], scores[chosen]))
+        except ValueError:
+            continue  # a resample in which no tag has an AUC
     return {k: np.percentile([r[k] for r in rows], [2.5, 97.5]).tolist() for k in rows[0] if k != "tags used"} if rows else {}
 
 
@@ -205,7 +209,7 @@ def evaluate_classifier(net, meta, path):
     measure = tag_metrics if net.multilabel else genre_metrics
     overall, spread = measure(targets, scores), interval(measure, targets, scores)
     result = {"kind": "classifier", "classes": clips.classes, "metrics": overall, "interval": spread,
-              "per_class": per_class(targets, scores, clips.classes)}
+              "per_class": per_class(targets, scores, clips.classes, net.multilabel)}
     print(f"{path}: {net.args['variant']} classifier of {len(clips.classes)} classes on {prepared.path}, {split}: {len(clips)} clips")
     print(f"{'class':24}{'clips':>7}{'ROC-AUC':>9}{'PR-AUC':>9}" + ("" if net.multilabel else f"{'recall':>9}"))
     for row in result["per_class"]:
@@ -224,13 +228,13 @@ def evaluate_classifier(net, meta, path):
     return result
 
 
-def per_class(targets, scores, classes):
+def per_class(targets, scores, classes, multilabel):
     rows = []
     for i, c in enumerate(classes):
         both = 0 < targets[:, i].sum() < len(targets)
         rows.append({"class": c, "clips": int(targets[:, i].sum()), "ROC-AUC": metrics.roc_auc_score(targets[:, i], scores[:, i]) if both else None,
                      "PR-AUC": metrics.average_precision_score(targets[:, i], scores[:, i]) if both else None})
-        if (targets.sum(1) == 1).all():
+        if not multilabel:
             chosen = targets[:, i] == 1
             rows[-1]["recall"] = float((scores.argmax(1) == i)[chosen].mean()) if chosen.any() else None
     return rows
@@ -365,7 +369,11 @@ def summarise(results):
 def main(paths):
     if not paths:
         die("name one or more checkpoints: python eval.py ckpt/vocals.pt")
-    taken = [p for p in [base(p) + ".json" for p in paths] if os.path.exists(p)]
+    paths = [found for path in paths for found in (sorted(glob.glob(path)) or [path])]  # for shells that leave * and ? as they are
+    if len({base(p) for p in paths}) < len(paths):
+        die("two of these checkpoints would write the same results: evaluate them one by one with --out=FOLDER")
+    targets = [base(p) + ".json" for p in paths] + [os.path.join(out, f"{name}.json")] * (len(paths) > 1)
+    taken = [p for p in targets if os.path.exists(p)]
     if taken and not overwrite:
         die(f"{taken[0]} exists: --overwrite=True replaces it, --out=FOLDER writes elsewhere")
     os.makedirs(out, exist_ok=True)
@@ -385,6 +393,7 @@ def main(paths):
 if __name__ == "__main__":
     _, checkpoints = configure(globals(), configs=False)
     device, *_ = start(device)
+    torch.backends.cudnn.allow_tf32 = False  # the same numbers as on a CPU
     try:
         main(checkpoints)
     except (ValueError, OSError) as e:

@@ -46,7 +46,7 @@ pool = ""                       # max or avg; empty: as in init, else max (the a
 # optimisation
 recipe = "paper"                # paper: Adam, then SGD from the best weights; modern: AdamW, warm-up, cosine
 batch_size = 16                 # clips, one random crop of each
-chunk = 0                       # an epoch is whole chunks of so many clips, the last one left out (the paper: 1024); 0: all whole batches
+chunk = 1024                    # an epoch is whole chunks of so many clips, what is left over is left out; 0: all whole batches
 epochs = 200                    # at most
 learning_rate = 1e-4            # Adam or AdamW
 unet_lr = 1.0                   # the U-Net learns at this share of every learning rate
@@ -160,6 +160,8 @@ def modern_lr(step, steps):
 
 
 def main(config, out):
+    runtime.at_least(1, batch_size=batch_size, val_crops=val_crops, log_every=log_every)
+    runtime.at_least(0, epochs=epochs, workers=workers, chunk=chunk, patience=patience)
     runtime.choose("recipe", recipe, ["paper", "modern"])
     runtime.choose("freeze", freeze, ["", "unet", "tail"])
     prepared = Prepared(data, "clips")
@@ -172,8 +174,8 @@ def main(config, out):
     net = build(train_clips).to(device)
     net.amp_dtype = runtime.amp_dtype(dtype)
     parts = net.train_parts()
-    if freeze and freeze not in parts:
-        die(f"freeze={freeze}, but variant={variant} has no {freeze}")
+    if freeze and (freeze not in parts or len(parts) == 1):
+        die(f"freeze={freeze}, but variant={variant} has only {', '.join(parts)}")
     if freeze:
         parts[freeze].requires_grad_(False)
     epoch = phase = since_best = 0
@@ -199,10 +201,12 @@ def main(config, out):
         # save first, so that nothing is lost if validation fails; then validate, and keep the best
         runtime.check_finite(net)
         about = {"kind": "classifier", "args": net.args, "task": task, "classes": train_clips.classes, "config": config, "epoch": epoch,
-                 "step": epoch * steps_per_epoch, "model": net.state_dict()}
+                 "step": epoch * steps_per_epoch, "model": runtime.cpu_weights(net)}
         runtime.save_atomically({**about, "phase": phase, "since_best": since_best, "best": best, "optimizer": optimizer.state_dict(),
                                  "scaler": scaler.state_dict()}, out.removesuffix(".pt") + ".resume")
         val_loss = validate(net, valid_clips)
+        if not math.isfinite(val_loss):
+            die(f"the validation loss is {val_loss} after epoch {epoch}: lower learning_rate, or use --dtype=float32 or bfloat16")
         since_best += 1
         if val_loss < best:
             best, since_best = val_loss, 0

@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tf_checkpoint
+from runtime import read_checkpoint
 
 SAMPLE_RATE = 16000
 WIN, HOP, BINS = 512, 160, 256                       # the network sees bins 0..255; the Nyquist bin 256 is passed through
@@ -242,12 +243,13 @@ class Classifier(nn.Module):
         if variant not in VARIANTS or not 0 <= skips <= 5:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)} and skips 0 to 5, got {variant!r} and {skips}")
         tail_widths, join = tail_widths or VARIANTS[variant][0], VARIANTS[variant][1]
+        if len(widths) != 6 or len(tail_widths) != 7 or min(*widths, *tail_widths) < 1:
+            raise ValueError(f"widths must be six and tail_widths seven positive numbers, got {list(widths)} and {list(tail_widths)}")
         self.args = dict(n_classes=n_classes, multilabel=multilabel, variant=variant, skips=skips, sources=list(sources), widths=list(widths),
                          pool=pool, tail_widths=list(tail_widths), dropout=dropout, mel_of_log=mel_of_log, bn_momentum=bn_momentum)
         self.multilabel, self.mel_of_log, self.amp_dtype = multilabel, mel_of_log, None
         self.skips = skips if join else 0
-        if join:
-            self.unet = UNet(len(sources), tuple(widths), pool, bn_momentum)
+        self.unet = UNet(len(sources), tuple(widths), pool, bn_momentum) if join else None
         # tail block i = 1..skips takes decoder output 5 - i, which is as wide as encoder block i
         self.tail = Tail(len(sources) + 1 if join else 1, n_classes, tuple(tail_widths), join, list(widths)[1:1 + self.skips], dropout, bn_momentum)
         self.register_buffer("mel", mel_filters(), persistent=False)
@@ -258,7 +260,7 @@ class Classifier(nn.Module):
         """(B, 61792) -> (B, classes)."""
         magnitude = stft(wave)[..., :BINS].abs()[:, None]                                           # (B, 1, T, F)
         mixture = log_compress(magnitude) @ self.mel if self.mel_of_log else log_compress(magnitude @ self.mel)
-        if not hasattr(self, "unet"):
+        if self.unet is None:
             with autocast(wave, self.amp_dtype):
                 return self.tail(mixture).float()
         with autocast(wave, self.amp_dtype):
@@ -274,11 +276,11 @@ class Classifier(nn.Module):
             return self.crop_logits(wave)
         wave = F.pad(wave, (0, max(0, CROP - wave.shape[1])))
         crops = wave.unfold(1, CROP, FRAMES // 2 * HOP)                                             # (B, K, 61792)
-        logits = torch.stack([self.crop_logits(clip) for clip in crops])                            # (B, K, classes)
+        logits = torch.stack([torch.cat([self.crop_logits(some) for some in clip.split(16)]) for clip in crops])    # (B, K, classes)
         return mean_score_logits(logits, self.multilabel)
 
     def train_parts(self):
-        return {"unet": self.unet, "tail": self.tail} if hasattr(self, "unet") else {"tail": self.tail}
+        return {"unet": self.unet, "tail": self.tail} if self.unet else {"tail": self.tail}
 
 
 def mean_score_logits(logits, multilabel):
@@ -310,14 +312,12 @@ def load(path, device="cpu"):
 
 
 def _load_ours(path):
+    saved = read_checkpoint(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load has no error type of its own: zip, pickle, key and runtime errors all occur for broken files
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): is it complete, and one of ours?") from e
-    if not isinstance(saved, dict) or saved.get("kind") not in KINDS or "model" not in saved or "args" not in saved:
-        raise ValueError(f"{path} is not a checkpoint of this project (no kind, args and model in it)")
-    net = KINDS[saved["kind"]](**saved["args"])
-    net.load_state_dict(saved.pop("model"))
+        net = KINDS[saved["kind"]](**saved["args"])
+        net.load_state_dict(saved.pop("model"))
+    except (KeyError, IndexError, TypeError, RuntimeError) as e:
+        raise ValueError(f"{path} does not fit the networks of this version: {str(e).splitlines()[0]}") from e
     return net, saved
 
 

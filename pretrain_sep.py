@@ -82,8 +82,14 @@ def validate(net, mixes, rank, world):
 
 def main(config, out):
     rank, world = process
+    config = {**config, "processes": world}  # BatchNorm sees the batch of one process, so resuming needs as many
     if batch_size % (accumulate * world):
         die(f"batch_size={batch_size} must be a multiple of accumulate x processes = {accumulate * world}")
+    runtime.at_least(1, batch_size=batch_size, accumulate=accumulate, val_every=val_every, val_mixes=val_mixes, log_every=log_every,
+                     lr_decay_every=lr_decay_every)
+    runtime.at_least(0, steps=steps, workers=workers)
+    if not widths or min(widths) < 1 or len(widths) > 6:
+        die(f"widths must be one to six positive numbers of channels, got {widths}")
     runtime.choose("pool", pool, ["max", "avg"])
     micro = batch_size // (accumulate * world)
     songs = Prepared(data, "stems")
@@ -96,7 +102,9 @@ def main(config, out):
     optimizer = torch.optim.Adam(net.parameters(), learning_rate, eps=1e-7)  # Keras' epsilon
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == "float16")
     first, best = 0, math.inf
-    saved = runtime.claim_output(out, resume, overwrite) if rank == 0 or resume else None
+    saved = runtime.claim_output(out, resume, overwrite)
+    if world > 1:
+        dist.barrier()  # nobody writes before all have looked
     if saved:
         runtime.same_run(saved["config"], config)
         net.load_state_dict(saved["model"])
@@ -124,12 +132,17 @@ def main(config, out):
             if world > 1:
                 for buffer in net.buffers():  # each process gathered BatchNorm statistics of its own
                     dist.broadcast(buffer, 0)
+                own = sum(p.double().sum().item() for p in net.parameters())
+                if abs(runtime.sum_over_ranks([own], device)[0] / world - own) > 1e-6 * max(1.0, abs(own)):
+                    die("the processes hold different weights: their gradients were not exchanged")
             if rank == 0:
                 runtime.check_finite(net)
-                about = {"kind": "separator", "args": net.args, "classes": None, "config": config, "step": step, "model": net.state_dict()}
+                about = {"kind": "separator", "args": net.args, "classes": None, "config": config, "step": step, "model": runtime.cpu_weights(net)}
                 runtime.save_atomically({**about, "best": best, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()},
                                         out.removesuffix(".pt") + ".resume")
             val_began, val_loss = time.time(), validate(net, val_set, rank, world)
+            if not math.isfinite(val_loss):
+                die(f"the validation loss is {val_loss} at step {step}: lower learning_rate, or use --dtype=float32 or bfloat16")
             if val_loss < best:
                 best = val_loss
                 if rank == 0:
@@ -184,7 +197,7 @@ if __name__ == "__main__":
     if process[0] == 0:
         print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
     try:
-        main(config, out or f"ckpt/{'_'.join(names) or 'vocals'}.pt")
+        main(config, out or f"ckpt/{'_'.join(names or sources)}.pt")
     except (ValueError, OSError) as e:
         die(e)
     finally:

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 import tokenize
+import types
 
 import torch
 import torch.distributed as dist
@@ -75,13 +76,12 @@ def _run_config(path):
     if not os.path.isfile(path):
         die(f"no config file {path}" + ("" if path.endswith(".py") else "; options are written --key=value"))
     scope = {"__file__": path}
-    with tokenize.open(path) as f:
-        source = f.read()
     try:
-        exec(compile(source, path, "exec"), scope)
+        with tokenize.open(path) as f:
+            exec(compile(f.read(), path, "exec"), scope)
     except Exception as e:  # a config file is any Python: whatever it raises is a mistake in it, told with its place
         die(f"{path}: {type(e).__name__}: {e}")
-    return {k: v for k, v in scope.items() if not k.startswith("_") and type(v) in (bool, int, float, str, list, tuple)}
+    return {k: v for k, v in scope.items() if not k.startswith("_") and not isinstance(v, types.ModuleType) and not callable(v)}
 
 
 def configure(scope, argv=None, configs=True):
@@ -120,6 +120,12 @@ def choose(key, value, allowed):
         die(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
+def at_least(least, **settings):
+    for key, value in settings.items():
+        if value < least:
+            die(f"{key} must be at least {least}, got {value}")
+
+
 # -----------------------------------------------------------------------------
 # device, processes, precision, compilation
 
@@ -129,15 +135,20 @@ def start(device):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.startswith("cuda") and not torch.cuda.is_available():
         die(f"device={device}, but this PyTorch sees no CUDA device: use --device=cpu")
+    if world > 1 and device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    elif world > 1 and device != "cpu":
+        die(f"device={device} with {world} processes: use --device=cuda, and each takes a GPU of its own")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        die(f"device={device} does not work here: {str(e).splitlines()[0]}")
     if world > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if device == "cpu":
         keep_freed_memory()
-    if device.startswith("cuda"):
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     return device, rank, world
 
 
@@ -173,9 +184,10 @@ def compile_parts(parts, device):
 
 def sum_over_ranks(values, device):
     """The element-wise sum of a list of numbers over all processes."""
+    if not dist.is_initialized():
+        return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
+    dist.all_reduce(total)
     return total.tolist()
 
 
@@ -202,6 +214,22 @@ def write_atomically(text, path):
     os.replace(temporary, path)
 
 
+def read_checkpoint(path):
+    """The dictionary in a .pt or .resume file: tensors and plain values, nothing that could run code. ValueError if it is anything else."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # torch.load has no error type of its own: zip, pickle, key and runtime errors all occur for broken files
+        raise ValueError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): is it complete, and one of ours?") from e
+    if not isinstance(saved, dict) or not {"kind", "model", "args"} <= saved.keys():
+        raise ValueError(f"{path} is not a checkpoint of this project (no kind, args and model in it)")
+    return saved
+
+
+def cpu_weights(net):
+    """The state dictionary on the CPU, so that a plain torch.load reads it anywhere."""
+    return {name: value.cpu() for name, value in net.state_dict().items()}
+
+
 def check_finite(net):
     """A network with NaN or infinity in its weights or BatchNorm statistics is never saved."""
     bad = [name for name, value in net.state_dict().items() if value.is_floating_point() and not torch.isfinite(value).all()]
@@ -217,13 +245,14 @@ def claim_output(out, resume, overwrite):
     if resume:
         if not os.path.isfile(last):
             die(f"resume=True, but there is no {last} to go on from")
-        return torch.load(last, map_location="cpu", weights_only=True)
-    found = [p for p in (out, last) if os.path.exists(p)]
+        saved = read_checkpoint(last)
+        if not {"config", "best", "optimizer", "scaler"} <= saved.keys():
+            die(f"{last} holds a network, but not what resuming needs")
+        return saved
+    found = [p for p in (out, last, out.removesuffix(".pt") + ".jsonl") if os.path.exists(p)]
     if found and not overwrite:
         die(f"{found[0]} exists: --resume=True goes on with that run, --overwrite=True replaces it, --out=ckpt/NAME.pt writes elsewhere")
-    for path in found:
-        os.remove(path)
-    return None
+    return None  # what is there is replaced by the first save of the new run, no sooner
 
 
 def same_run(old, new):

@@ -161,7 +161,8 @@ def test_real_index_files_are_understood(name, kind, variant):
     found, args = model.tensorflow_architecture(tf_checkpoint.read_index(SHARED / "msspt_released_index" / name))
     net = model.KINDS[found](**args)
     assert (found, args.get("variant")) == (kind, variant)
-    assert [tuple(m.weight.shape)[-1:] for m in model.weighted_layers(net)]
+    for module, layer in zip(model.weighted_layers(net), tf_checkpoint.read_index(SHARED / "msspt_released_index" / name), strict=True):
+        assert module.weight.numel() == math.prod(layer.get("kernel", layer.get("gamma"))["shape"])
 
 
 def slow_crc(raw):
@@ -250,14 +251,15 @@ def test_damaged_tensorflow_checkpoints_are_refused(tmp_path):
     with pytest.raises(ValueError, match="checksum"):
         model.load(prefix)
     raw.write_bytes(good_raw)
-    rng = np.random.default_rng(0)
+    rng, whole = np.random.default_rng(0), tf_checkpoint.read(prefix)
     for _ in range(200):  # any one byte changed: an error, or the same network
         at = int(rng.integers(len(good_index)))
         index.write_bytes(good_index[:at] + bytes([good_index[at] ^ int(rng.integers(1, 256))]) + good_index[at + 1:])
         try:
-            tf_checkpoint.read(prefix)
+            found = tf_checkpoint.read(prefix)
         except ValueError:
-            pass
+            continue
+        assert all(np.array_equal(found[n][k], v) for n, layer in enumerate(whole) for k, v in layer.items())
     index.write_bytes(good_index[:100])
     with pytest.raises(ValueError, match="not a TensorFlow checkpoint index"):
         model.load(prefix)

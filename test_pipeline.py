@@ -49,7 +49,7 @@ def demo(tmp_path_factory):
 
 
 SEP = [f"--widths={NARROW}", "--batch_size=2", "--val_mixes=2", "--val_every=2", "--log_every=1", "--compile=False", "--device=cpu"]
-CLS = [f"--widths={NARROW}", f"--tail_widths={TAIL}", "--batch_size=4", "--epochs=2", "--log_every=1", "--compile=False", "--device=cpu"]
+CLS = [f"--widths={NARROW}", f"--tail_widths={TAIL}", "--batch_size=4", "--chunk=0", "--epochs=2", "--log_every=1", "--compile=False", "--device=cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def separator(demo, tmp_path_factory):
 @pytest.fixture(scope="session")
 def tail_only(demo, tmp_path_factory):
     out = tmp_path_factory.mktemp("ckpt") / "tail.pt"
-    run("finetune_cls.py", "config/mtat.py", "config/tail.py", *CLS, f"--data={demo}/demo_clips", f"--out={out}", "--chunk=0")
+    run("finetune_cls.py", "config/mtat.py", "config/tail.py", *CLS, f"--data={demo}/demo_clips", f"--out={out}")
     return out
 
 
@@ -159,6 +159,9 @@ def test_configuration_order_types_and_mistakes(tmp_path):
     got = configure(str(config), "--steps=1e4", "--widths=1,2", "--compile=False", "--out=a=b.pt")
     assert (got["steps"], got["learning_rate"], got["sources"], got["widths"], got["compile"], got["out"]) == (10_000, 1.0, ["bass"], [1, 2], False, "a=b.pt")
     assert type(got["learning_rate"]) is float and got["batch_size"] == 8 and configure("--sources=vocals,bass")["sources"] == ["vocals", "bass"]
+    config.write_text("from pathlib import Path\ndata = Path('data/mine')\n")
+    with pytest.raises(SystemExit, match="data must be str"):
+        configure(str(config))
     config.write_text("step = 5\n")
     for argv, words in ((["--batchsize=4"], "did you mean 'batch_size'"), (["--steps=many"], "int"), (["--compile=1"], "True / False"), ([str(config)], "'steps'"),
                         (["--steps"], "--key=value"), (["missing.py"], "no config file"), (["--steps=1.5"], "int"), (["--widths=a,b"], "list"), (["--widths=1.5,2"], "int")):
@@ -321,6 +324,11 @@ def test_wrong_input_is_told_in_one_line(demo, separator, tail_only, tmp_path):
         ("pretrain_sep.py", [out, songs, "--dtype=int8"], "dtype must be one of"),
         ("pretrain_sep.py", [out, songs, "--pool=median"], "pool must be one of"),
         ("pretrain_sep.py", [out, songs, "--resume=True"], "to go on from"),
+        ("pretrain_sep.py", [out, songs, "--batch_size=0"], "batch_size must be at least 1"),
+        ("pretrain_sep.py", [out, songs, "--device=gpu"], "device=gpu does not work here"),
+        ("pretrain_sep.py", [out, demo / "demo_songs" / "audio.int16"], "audio.int16: "),
+        ("finetune_cls.py", [out, clips, *CLS, "--tail_widths=4,4"], "tail_widths seven"),
+        ("finetune_cls.py", [out, clips, *CLS, "--variant=tail", "--freeze=tail"], "has only tail"),
         ("finetune_cls.py", [out, clips, *CLS, f"--init={tail_only}"], "starts from a separator"),
         ("finetune_cls.py", [out, clips, *CLS, "--init=none.pt"], "no checkpoint at none.pt"),
         ("finetune_cls.py", [out, clips, *CLS, f"--init={ROOT}/README.md"], "cannot be read as a checkpoint"),

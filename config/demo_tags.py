@@ -9,5 +9,6 @@ bn_momentum = 0.1
 recipe = "modern"
 learning_rate = 2e-3  # a U-Net that is trained already wants less: --unet_lr=0.1 with --init
 batch_size = 8
+chunk = 0             # all clips in every epoch
 epochs = 8            # x 12 batches of 8
 compile = False       # compiling takes longer than it saves here
