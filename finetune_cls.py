@@ -92,7 +92,7 @@ def validate(net, clips):
 
 
 def copy_by_name(part, weights, source, fresh=()):
-    """Copies weights {name: tensor} into a module; all names must be there on both sides, but for those that `fresh` ends new ones with."""
+    """Copies weights {name: tensor} into a module; all names must be there on both sides, but for new ones with a word of `fresh` in them."""
     own = part.state_dict()
     missing = [name for name in own if name not in weights and not any(f in name for f in fresh)]
     unexpected = [name for name in weights if name not in own]
@@ -117,7 +117,8 @@ def build(clips):
         separator, meta = model.load(init)
         if meta["kind"] != "separator":
             die(f"init={init} is a {meta['kind']}, fine-tuning starts from a separator: train one with pretrain_sep.py")
-        unet_args = dict(meta["args"], pool=pool or meta["args"]["pool"])
+        unet_args = {key: meta["args"][key] for key in ("sources", "widths", "pool")}
+        unet_args["pool"] = pool or unet_args["pool"]
         print("U-Net as in init: " + ", ".join(f"{k} {v}" for k, v in unet_args.items()))
     args = dict(unet_args, n_classes=len(clips.classes), multilabel=clips.multilabel, variant=variant, skips=skips, dropout=dropout,
                 tail_widths=tail_widths if tail_widths != [0] else None, mel_of_log=mel_of_log, bn_momentum=bn_momentum)

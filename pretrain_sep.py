@@ -80,17 +80,21 @@ def validate(net, mixes, rank, world):
     return total / count
 
 
-def main(config, out):
-    rank, world = process
-    config = {**config, "processes": world}  # BatchNorm sees the batch of one process, so resuming needs as many
-    if batch_size % (accumulate * world):
-        die(f"batch_size={batch_size} must be a multiple of accumulate x processes = {accumulate * world}")
+def check_settings(world):
     runtime.at_least(1, batch_size=batch_size, accumulate=accumulate, val_every=val_every, val_mixes=val_mixes, log_every=log_every,
                      lr_decay_every=lr_decay_every)
     runtime.at_least(0, steps=steps, workers=workers)
     if not widths or min(widths) < 1 or len(widths) > 6:
         die(f"widths must be one to six positive numbers of channels, got {widths}")
     runtime.choose("pool", pool, ["max", "avg"])
+    if batch_size % (accumulate * world):
+        die(f"batch_size={batch_size} must be a multiple of accumulate x processes = {accumulate * world}")
+
+
+def main(config, out):
+    rank, world = process
+    check_settings(world)
+    config = {**config, "processes": world}  # BatchNorm sees the batch of one process, so resuming needs as many
     micro = batch_size // (accumulate * world)
     songs = Prepared(data, "stems")
     train_mixes, val_set = Mixes(songs, "train", sources, seed), Mixes(songs, "valid", sources, 0)

@@ -325,6 +325,7 @@ def test_wrong_input_is_told_in_one_line(demo, separator, tail_only, tmp_path):
         ("pretrain_sep.py", [out, songs, "--pool=median"], "pool must be one of"),
         ("pretrain_sep.py", [out, songs, "--resume=True"], "to go on from"),
         ("pretrain_sep.py", [out, songs, "--batch_size=0"], "batch_size must be at least 1"),
+        ("pretrain_sep.py", [out, songs, "--accumulate=0"], "accumulate must be at least 1"),
         ("pretrain_sep.py", [out, songs, "--device=gpu"], "device=gpu does not work here"),
         ("pretrain_sep.py", [out, demo / "demo_songs" / "audio.int16"], "audio.int16: "),
         ("finetune_cls.py", [out, clips, *CLS, "--tail_widths=4,4"], "tail_widths seven"),
