@@ -6,8 +6,9 @@ Prepared data: one memory-mapped file of int16 audio, 16 kHz mono, and an index;
 
 An item has name, split (train, valid or test), offset and length, both in samples.
 kind "stems": an item is a song; its five tracks TRACKS lie one after another, each `length` samples long.
-kind "clips": an item is a clip, with the numbers of its classes per task, such as {"tags": [0, 7], "genre": [2]}; the index also has
-classes, the names per task, and multilabel, the list of tasks with several classes per clip.
+kind "clips": an item is a clip and also has the numbers of its classes under the name of each task, as in
+{"name": "a", "split": "train", "offset": 0, "length": 96000, "tags": [0, 7], "genre": [2]}; the index also has classes, the names of the
+classes of each task, as in {"tags": ["voice", ...], "genre": ["rock", ...]}, and multilabel, the tasks with several per clip, as in ["tags"].
 
 Every random number is a function of the seed and the number of the crop, so neither the batch size, the number of threads or processes,
 nor stopping and resuming changes what is drawn.
@@ -55,6 +56,10 @@ class Prepared:
         needed = {"format", "kind", "sample_rate", "n_samples", "items"} | ({"classes", "multilabel"} if kind == "clips" else set())
         missing = needed - self.index.keys() if self.index.get("kind") == kind else set()
         missing |= {k for item in self.index.get("items", []) for k in {"name", "split", "offset", "length"} - item.keys()}
+        wrong = [i for i in self.index.get("items", []) if not missing and (
+            i["split"] not in SPLITS or any(type(i[k]) is not int for k in ("offset", "length")))]
+        if wrong:
+            raise ValueError(f"{index}: {wrong[0]['name']} needs whole numbers as offset and length and one of {', '.join(SPLITS)} as split")
         if missing:
             raise ValueError(f"{index} lacks {', '.join(sorted(missing))}: data.py describes the format")
         if self.index.get("format") != FORMAT or self.index.get("kind") != kind:
@@ -129,12 +134,17 @@ class Clips:
 
     def __init__(self, data, split, task, seed=0):
         tasks = data.index["classes"]
+        if not isinstance(tasks, dict) or not isinstance(data.index["multilabel"], list):
+            raise ValueError(f"{data.path}: classes must be a dictionary of lists and multilabel a list of tasks, as data.py describes")
         if task not in tasks:
             raise ValueError(f"{data.path} has no task {task!r}, only {', '.join(tasks)}")
         self.data, self.seed, self.classes, self.multilabel = data, seed, tasks[task], task in data.index["multilabel"]
         self.items = [i for i in data.items(split) if task in i]
-        if not self.items or any(not 0 <= c < len(self.classes) for i in self.items for c in i[task]):
-            raise ValueError(f"{data.path}: no {split} clip has {task}, or one has a class that is not in the list of {len(self.classes)}")
+        if not self.items:
+            raise ValueError(f"{data.path}: no {split} clip has {task}")
+        for item in self.items:
+            if not isinstance(item[task], list) or any(type(c) is not int or not 0 <= c < len(self.classes) for c in item[task]):
+                raise ValueError(f"{data.path}: {task} of {item['name']} must be a list of numbers from 0 to {len(self.classes) - 1}, got {item[task]}")
         self.targets = torch.zeros(len(self.items), len(self.classes))                             # (clips, classes)
         for row, item in zip(self.targets, self.items):
             row[item[task]] = 1.0

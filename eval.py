@@ -388,6 +388,8 @@ def main(paths):
         results[path] = result
     if len(results) > 1 and all(r.get("classes") == result.get("classes") is not None for r in results.values()):  # one task, so one table
         summarise(results)
+    elif len(results) > 1:
+        print("no common table: these checkpoints are not classifiers of the same classes")
 
 
 if __name__ == "__main__":

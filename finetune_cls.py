@@ -275,3 +275,5 @@ if __name__ == "__main__":
         main(config, out or f"ckpt/{'_'.join(names) or 'mtat'}.pt")
     except (ValueError, OSError) as e:
         die(e)
+    except KeyboardInterrupt:
+        die("stopped; --resume=True goes on from the last epoch")

@@ -138,6 +138,11 @@ def autocast(x, dtype):
     return torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
+def check_wave(wave):
+    if wave.dim() != 2 or wave.shape[1] == 0 or not wave.is_floating_point():
+        raise ValueError(f"waves are (batch, samples) in floating point, -1 to 1, got {tuple(wave.shape)} in {wave.dtype}")
+
+
 class Separator(nn.Module):
     """wave (B, N) in [-1, 1], 16 kHz mono -> sources (B, S, N): sigmoid masks on the magnitudes, the mixture's phase.
 
@@ -164,8 +169,7 @@ class Separator(nn.Module):
         return istft(spec)
 
     def forward(self, wave):
-        if wave.dim() != 2 or wave.shape[1] == 0:
-            raise ValueError(f"Separator takes waves of shape (batch, samples), got {tuple(wave.shape)}")
+        check_wave(wave)
         if wave.shape[1] == CROP:
             spec = stft(wave)                                                                       # (B, 384, 257)
             return self.apply_masks(spec, self.masks(spec))
@@ -270,8 +274,7 @@ class Classifier(nn.Module):
             return self.tail(torch.cat([sources, mixture], 1), [outputs[5 - i] for i in range(1, self.skips + 1)]).float()
 
     def forward(self, wave):
-        if wave.dim() != 2 or wave.shape[1] == 0:
-            raise ValueError(f"Classifier takes waves of shape (batch, samples), got {tuple(wave.shape)}")
+        check_wave(wave)
         if wave.shape[1] == CROP:
             return self.crop_logits(wave)
         wave = F.pad(wave, (0, max(0, CROP - wave.shape[1])))

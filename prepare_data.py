@@ -85,7 +85,7 @@ DATASETS = {"demo": prepare_demo}
 if __name__ == "__main__":
     _, names = configure(globals(), configs=False)
     if len(names) != 1 or names[0] not in DATASETS:
-        die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f" (not {' '.join(names)})" if names else ""))
+        die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f" ({' '.join(names)} cannot be prepared yet)" if names else ""))
     try:
         DATASETS[names[0]]()
     except (ValueError, OSError) as e:

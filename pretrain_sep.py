@@ -192,7 +192,7 @@ def main(config, out):
 
     if rank == 0:
         print(f"best validation loss {best:.5f}, {clock(time.time() - started)}: {out}\nnext: python eval.py {out}   or   "
-              f"python finetune_cls.py --init={out}")
+              f"python finetune_cls.py CONFIG --init={out}, such as config/mtat.py or config/demo_tags.py")
 
 
 if __name__ == "__main__":
@@ -204,6 +204,8 @@ if __name__ == "__main__":
         main(config, out or f"ckpt/{'_'.join(names or sources)}.pt")
     except (ValueError, OSError) as e:
         die(e)
+    except KeyboardInterrupt:
+        die("stopped; --resume=True goes on from the last validation")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -257,7 +257,7 @@ def claim_output(out, resume, overwrite):
 
 def same_run(old, new):
     """Ends the script if a resumed run was started with other settings than these, but for those that do not change its course."""
-    free = ("resume", "overwrite", "out", "device", "compile", "log_every", "workers")
+    free = ("resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers")
     changed = [f"{k}: {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k] and k not in free]
     if changed:
         die(f"this run was started with other settings ({'; '.join(changed)}): give the same ones to resume it")

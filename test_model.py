@@ -94,8 +94,9 @@ def test_separator_of_any_length_joins_its_windows_without_seams():
         together = net(torch.cat([wave, noise(1, 2 * model.CROP, seed=1)]))
         torch.testing.assert_close(together[:1], net(wave), atol=1e-5, rtol=0)
     assert together.shape == (2, 2, 2 * model.CROP)
-    with pytest.raises(ValueError, match="batch, samples"):
-        net(wave[0])
+    for bad in (wave[0], (wave * 32767).short()):
+        with pytest.raises(ValueError, match="batch, samples"):
+            net(bad)
 
 
 @pytest.mark.parametrize("multilabel", [True, False])
