@@ -42,7 +42,7 @@ seed = 1                # of the bootstrap
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
 # -----------------------------------------------------------------------------
 
-BLUE, ORANGE, GREEN = "#2563a8", "#d97706", "#15803d"
+BLUE, ORANGE = "#2563a8", "#d97706"
 
 
 def prepared_for(meta, path, kind):
