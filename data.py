@@ -3,6 +3,7 @@ Prepared data: one memory-mapped file of int16 audio, 16 kHz mono, and an index;
 
     data/<name>/audio.int16    all audio, one after another, little-endian int16
     data/<name>/index.json     format, kind, sample_rate, n_samples, items, left_out [{name, reason}]
+    data/<name>/audio.jsonl    what was decoded (see collect.py); training does not need it
 
 An item has name, split (train, valid or test), offset and length, both in samples.
 kind "stems": an item is a song; its five tracks TRACKS lie one after another, each `length` samples long.
@@ -31,12 +32,8 @@ PARTS = {"vocals": 2, "other": 2, "drums": 2, "bass": 1}     # crops of each sou
 
 
 def to_float(samples):
+    """int16 to float32 in [-1, 1): the inverse of decode.to_int16."""
     return samples.astype(np.float32) / 32768.0
-
-
-def to_int16(wave):
-    """Float in [-1, 1] to int16, the inverse of to_float; louder samples are clipped."""
-    return np.clip(np.round(np.asarray(wave) * 32768.0), -32768, 32767).astype("<i2")
 
 
 class Prepared:

@@ -1,60 +1,294 @@
 """
 Turns datasets into the prepared format that training reads (see data.py).
 
-    python prepare_data.py demo              # data/demo_songs and data/demo_clips, synthesised from a seed in seconds
+    python prepare_data.py demo                            # synthetic songs and clips, made from a seed in seconds
+    python prepare_data.py mtat                            # MagnaTagATune, downloaded to data/raw/mtat
+    python prepare_data.py mtat --path=FOLDER              # the same from the zip parts or the mp3 files that lie there
+    python prepare_data.py musdb --hq=True                 # MUSDB18-HQ; without --hq MUSDB18, with --download=True its 7-second previews
+    python prepare_data.py fma --subset=medium             # FMA
+    python prepare_data.py gtzan --path=FOLDER             # GTZAN
+    python prepare_data.py folder --path=FOLDER            # your own clips: one folder per class, or --csv=FILE
+    python prepare_data.py stems --path=FOLDER             # your own songs: a folder each, with vocals.wav, drums.wav, bass.wav, other.wav
+
+Killed or out of disk, the same command goes on where it was. Once complete, it prints the summary again and does nothing else.
+Exit status: 0 all as expected, 1 an error, 3 prepared, but some files were left out unexpectedly (index.json says which and why).
 """
+import importlib.util
 import os
+import re
 import shutil
+import sys
+import time
+import zipfile
 
 import numpy as np
-from tqdm import tqdm
 
+import collect
+import labels
 import synth
-from data import SPLITS, TRACKS, Prepared, to_int16, write_index
+from data import SPLITS, TRACKS
+from decode import describe, open_source, open_zip, to_int16
+from download import SOURCES, download as fetch_all
 from model import SAMPLE_RATE
-from runtime import configure, die
+from runtime import at_least, choose, configure, die, keep_freed_memory
+from workers import Workers
 
-out = "data"                # prepared data goes to OUT/<name>/
-seed = 1                    # of everything that is random
+out = "data"                # prepared data goes to OUT/NAME/, downloads to OUT/raw/
+name = ""                   # of the prepared folder; empty: the dataset's
+path = ""                   # where the dataset lies, packed or unpacked; empty: downloaded
 overwrite = False           # replace prepared data that is already there
+relabel = False             # change splits and labels of prepared data, without decoding again
+seed = 1                    # of everything that is random
+workers = 0                 # processes that decode; 0: one per core
+timeout = 120               # seconds after which a decoder is stopped
+memory = 4.0                # GB that a decoder may take
+min_seconds = 3.862         # shorter files are left out; the default is one crop
+protocol = "clean"          # mtat: clean (at least one of 50 tags, the paper's) or full (every clip)
+subset = "medium_minus_small"   # fma: medium_minus_small (what the paper's first version calls medium), medium, small
+hq = False                  # musdb: download MUSDB18-HQ, wav files, 23 GB, no ffmpeg needed
+download = False            # musdb: download the 7-second previews, 0.15 GB
+csv = ""                    # folder: a CSV file with columns path, label and, if you like, split and group, artist or album
+separator = ""              # folder: the character between several labels in one cell of the CSV, such as ;
+group = ""                  # folder: the CSV's column of what must not be split up; empty: group, artist or album if there is one
+shares = [0.8, 0.1, 0.1]    # folder, stems: of train, valid and test, where the data has no split of its own
 songs = [40, 8, 6]          # demo: songs with stems for train, valid, test
 song_seconds = 24           # demo: length of each
 clips = [96, 40, 200]      # demo: labelled clips for train, valid, test; each from a song of its own
 clip_seconds = 6            # demo: length of each
 
+AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".m4a",
+         ".mp4", ".aac", ".wma"}    # those libsndfile cannot read are reported, not passed over
+# what makes a download unnecessary where it lies unpacked
+UNPACKED = {"mp3.zip": r"[0-9a-f]/[^/]+\.mp3",
+            "fma_metadata.zip": r"tracks\.csv", "fma_small.zip": r"fma_small/.*\d{6}\.mp3", "fma_medium.zip": r"fma_medium/.*\d{6}\.mp3",
+            "musdb18.zip": r"[^/]+\.stem\.mp4", "musdb18hq.zip": r"mixture\.wav", "MUSDB18-7-STEMS.zip": r"[^/]+\.stem\.mp4"}
 
-def write_folder(name, kind, make, n_items, settings, **more):
-    """Writes out/<name>/ from make(i) -> (item, (tracks, length) float array), under another name until it is complete."""
-    folder = os.path.join(out, name)
-    if os.path.exists(folder) and not overwrite:  # an unfinished one stands under another name
-        if Prepared(folder, kind).index.get("settings") != settings:
-            die(f"{folder} was made with other settings: --overwrite=True makes it anew, --out=FOLDER writes elsewhere")
-        print(f"{folder} is there already: nothing done (--overwrite=True makes it anew)")
-        return
-    temporary, items, written = f"{folder}.{os.getpid()}.tmp", [], 0
+
+# -----------------------------------------------------------------------------
+# where the files are
+
+def inventory(root, archives=True):
+    """{relative name: source} of the files under a folder, in order, and of those inside its zip archives; unpacked ones come first."""
+    files, packed, seen = {}, {}, set()
+
+    def stop(error):
+        raise error
+    for base, folders, names in os.walk(root, followlinks=True, onerror=stop):
+        if os.path.realpath(base) in seen:
+            folders.clear()  # a link in a circle
+            continue
+        seen.add(os.path.realpath(base))
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        for file in sorted(names):
+            full = os.path.join(base, file)
+            zipped = re.fullmatch(r"(.+\.zip)(\.\d{3})?", full)
+            if zipped:
+                packed.setdefault(zipped[1], []).append(full)
+            elif not file.startswith(".") and not file.endswith((".part", ".checked")):
+                files[os.path.relpath(full, root).replace(os.sep, "/")] = {"file": full}
+    for paths in packed.values() if archives else []:
+        try:
+            members = open_zip(tuple(paths)).namelist()
+        except zipfile.BadZipFile as e:
+            raise ValueError(f"{', '.join(paths)} is not a complete zip archive ({e}): are all its parts there?") from e
+        for member in sorted(members):
+            if not member.endswith("/") and not re.search(r"(^|/)(\.|__MACOSX/)", member):
+                files.setdefault(member, {"zip": paths, "file": member})
+    return files
+
+
+def find(raw, sources):
+    """The inventory of --path, or of OUT/raw/RAW after downloading what is missing there."""
+    if path and not os.path.isdir(path):
+        die(f"path={path} is not a folder")
+    if path:
+        return inventory(path)
+    folder = os.path.join(out, "raw", raw)
+    there = inventory(folder, archives=False) if os.path.isdir(folder) else {}
+
+    def unpacked(url):
+        pattern = UNPACKED[re.sub(r"\.\d{3}$", "", url.rsplit("/", 1)[1])]
+        return any(re.search(f"(^|/){pattern}$", file) for file in there)
+    fetch_all([(url, checksum) for url, checksum in sources if url.endswith(".csv") or not unpacked(url)], folder)
+    return inventory(folder)
+
+
+def contents(files, file, needed=True):
+    """The bytes of a file by its last name, wherever it lies."""
+    for name in files:
+        if name.split("/")[-1] == file:
+            with open_source(files[name]) as f:
+                return f.read()
+    if needed:
+        die(f"no {file} under {path}")
+
+
+def size_of(source):
+    """In bytes; of a zip's member its checksum as well."""
+    if "zip" in source:
+        member = open_zip(tuple(source["zip"])).getinfo(source["file"])
+        return [member.file_size, member.CRC]
+    return os.path.getsize(source["file"])
+
+
+# -----------------------------------------------------------------------------
+# the same for every dataset
+
+def settings_of(dataset):
+    """What the prepared data depends on."""
+    keys = {"mtat": ["protocol"], "fma": ["subset"], "musdb": ["hq", "download"], "folder": ["csv", "separator", "group", "shares", "seed"],
+            "stems": ["shares", "seed"]}.get(dataset, [])
+    return {"dataset": dataset, "path": os.path.abspath(path) if path else "", "min_seconds": min_seconds, **{k: globals()[k] for k in keys}}
+
+
+def standing(folder, settings):
+    """True if the folder is complete and made with these settings: then there is nothing to do. Ends the script if with others."""
+    collect.refuse_strange_folder(folder)
+    found = collect.read_index(folder)
+    if not found or overwrite or relabel:
+        if relabel and not found:
+            die(f"relabel=True, but there is no {folder} to change")
+        return False
+    old = found.get("settings", {})
+    changed = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in settings.items() if old.get(k) != v and (k != "path" or v)]
+    if changed:
+        die(f"{folder} was made with other settings ({'; '.join(changed)}): --relabel=True changes splits and labels without decoding, "
+            "--overwrite=True makes it anew, --name=NAME writes elsewhere")
+    print(f"{folder} is there already: nothing done (--overwrite=True makes it anew)")
+    return True
+
+
+def prepare(folder, kind, settings, items, sources, left_out, **more):
+    """Decodes items (index entries) from sources {name: [source per track]}, and writes their folder. Returns the exit status."""
+    began = time.monotonic()
+    keep_freed_memory()
+    jobs = [{"name": i["name"], "tracks": sources.get(i["name"]), "least": min_seconds} for i in items]
+    if relabel:
+        journal = collect.read_journal(folder)
+        known, old = {r["name"] for r in journal}, collect.read_index(folder)["settings"]
+        fixed = [k for k in ("dataset", "min_seconds") if old.get(k) != settings[k]]
+        unknown = [i["name"] for i in items if i["name"] not in known]
+        if fixed or unknown:
+            die(f"{folder} cannot be relabelled: " + (f"its {fixed[0]} is {old.get(fixed[0])!r}" if fixed else
+                f"{len(unknown):,} files have not been decoded, such as {unknown[0]}") + "; --overwrite=True makes it anew")
+        collect.index(folder, folder, journal, kind, items, left_out, {**settings, "path": settings["path"] or old["path"]}, **more)
+        return collect.summarise(folder)
+    for job in jobs:
+        job["sizes"] = [size_of(s) if isinstance(s, dict) else s for s in job["tracks"]] if job["tracks"] else None
+    count = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
+    pool = Workers(count, SAMPLE_RATE, int(memory * 2 ** 30), timeout)
+
+    def make(i):
+        return pool.decode(jobs[i]) if jobs[i]["tracks"] else ({"reason": "is not there"}, None)
     try:
-        os.makedirs(temporary)
-        with open(os.path.join(temporary, "audio.int16"), "wb") as f:
-            for i in tqdm(range(n_items), folder):
-                item, tracks = make(i)
-                items.append({**item, "offset": written, "length": tracks.shape[1]})
-                f.write(to_int16(tracks).tobytes())
-                written += tracks.size
-        write_index(temporary, kind, items, written, [], settings=settings, **more)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if os.path.exists(folder):
-        os.rename(folder, temporary + ".old")
-    os.rename(temporary, folder)
-    shutil.rmtree(temporary + ".old", ignore_errors=True)
-    hours = written / SAMPLE_RATE / 3600
-    counts = ", ".join(f"{sum(i['split'] == s for i in items)} {s}" for s in SPLITS)
-    print(f"{folder}: {counts}, {hours:.2f} hours of tracks, {2 * written / 1e6:.0f} MB")
+        journal = collect.collect(folder, [i["name"] for i in items], make, {**settings, "files": collect.fingerprint(jobs)},
+                                  len(TRACKS) if kind == "stems" else 1, count, overwrite)
+    finally:
+        pool.close()
+    collect.index(folder, folder + ".partial", journal, kind, items, left_out, settings, **more)
+    collect.put_in_place(folder)
+    return collect.summarise(folder, time.monotonic() - began)
 
 
-def split_of(i, counts):
-    return SPLITS[int(np.searchsorted(np.cumsum(counts), i, "right"))]
+def prepare_clips(folder, settings, listed, sources):
+    classes, items, left_out = listed
+    return prepare(folder, "clips", settings, items, {name: [source] for name, source in sources.items()}, left_out, classes=classes,
+                   multilabel=[task for task in classes if task == "tags"])
+
+
+# -----------------------------------------------------------------------------
+# the datasets
+
+def prepare_mtat(folder, settings):
+    choose("protocol", protocol, ["clean", "full"])
+    files = find("mtat", SOURCES["mtat"])
+    listed = labels.mtat(contents(files, "annotations_final.csv"), contents(files, "clip_info_final.csv", needed=False), protocol)
+    sources = {"/".join(name.split("/")[-2:]): source for name, source in reversed(files.items()) if name.endswith(".mp3")}
+    return prepare_clips(folder, {**settings, "what": f"MagnaTagATune, {protocol} protocol, 50 tags"}, listed, sources)
+
+
+def prepare_fma(folder, settings):
+    choose("subset", subset, list(labels.FMA_SUBSETS))
+    files = find("fma", SOURCES["fma_small" if subset == "small" else "fma_medium"])
+    sources = {name.split("/")[-1]: source for name, source in reversed(files.items()) if name.endswith(".mp3")}
+    what = {"medium_minus_small": "FMA, medium without small (17,000 tracks; what the paper's first version calls medium)",
+            "medium": "FMA, medium (25,000 tracks, small ones included)", "small": "FMA, small (8,000 tracks)"}[subset]
+    return prepare_clips(folder, {**settings, "what": what}, labels.fma(contents(files, "tracks.csv"), subset), sources)
+
+
+def prepare_gtzan(folder, settings):
+    if not path:
+        die("GTZAN has no working official address any more: give --path=FOLDER, with genres/blues/blues.00000.wav (or .au) in it")
+    sources = {os.path.splitext(name.split("/")[-1])[0]: source for name, source in reversed(find("gtzan", []).items())
+               if os.path.splitext(name)[1].lower() in AUDIO}
+    return prepare_clips(folder, {**settings, "what": "GTZAN, fault-filtered split 443 / 197 / 290"}, labels.gtzan(), sources)
+
+
+def prepare_folder(folder, settings):
+    if csv:
+        root = path or os.path.dirname(csv)
+        with open(csv, "rb") as f:
+            try:
+                listed = labels.from_csv(f.read(), separator, group)
+            except ValueError as e:
+                die(f"{csv}: {e}")
+        files = {i["name"]: {"file": os.path.join(root, i["name"])} for i in listed[1]}
+        files = {name: source for name, source in files.items() if os.path.isfile(source["file"])}
+        return prepare_clips(folder, {**settings, "what": f"clips of {csv}"}, listed, files)
+    if not path:
+        die("give --path=FOLDER with one folder of audio files per class, or --csv=FILE")
+    every = find("folder", [])
+    files = {name: source for name, source in every.items() if os.path.splitext(name)[1].lower() in AUDIO}
+    if len(files) < len(every):
+        print(f"passed over {len(every) - len(files):,} files that are not audio, such as {next(n for n in every if n not in files)}")
+    if not files:
+        die(f"no audio files under {path}")
+    return prepare_clips(folder, {**settings, "what": f"clips of {path}"}, labels.folder(sorted(files)), files)
+
+
+def song_sources(files):
+    """{song: [source of each of TRACKS]} of song folders; a stem that is not there is silence, a mixture that is not there the stems' sum."""
+    found = {}
+    for song, tracks in sorted(labels.songs_of(n for n in files if os.path.splitext(n)[1].lower() in AUDIO).items()):
+        found[song] = [files[tracks[t]] if t in tracks else "sum" if t == "mixture" else None for t in TRACKS]
+    return found
+
+
+def prepare_stems(folder, settings):
+    if not path:
+        die("give --path=FOLDER with one folder per song, each with vocals.wav, drums.wav, bass.wav, other.wav and, if there is one, mixture.wav")
+    sources = song_sources(find("stems", []))
+    bare = [song for song, tracks in sources.items() if not any(tracks[1:])]
+    if len(bare) == len(sources):
+        die(f"no song folders with vocals.wav, drums.wav, bass.wav or other.wav under {path}")
+    items = labels.stems([song for song in sources if song not in bare])
+    left_out = [{"name": song, "reason": "has a mixture, but no stems"} for song in bare]
+    return prepare(folder, "stems", {**settings, "what": f"songs of {path}"}, items, sources, left_out)
+
+
+def prepare_musdb(folder, settings):
+    import yaml
+    ffmpeg = all(shutil.which(program) for program in ("ffmpeg", "ffprobe"))
+    no_ffmpeg = ("the .stem.mp4 files of MUSDB18 need ffmpeg and ffprobe (apt install ffmpeg, brew install ffmpeg, conda install ffmpeg); "
+                 "MUSDB18-HQ does without: --hq=True")
+    if not (path or hq or ffmpeg):
+        die(no_ffmpeg)
+    package = importlib.util.find_spec("musdb").submodule_search_locations[0]  # not imported: that fails without ffmpeg
+    with open(os.path.join(package, "configs", "mus.yaml"), encoding="utf-8") as f:
+        setup = yaml.safe_load(f)
+    key = "musdb_7s" if download else "musdb_hq" if hq else "musdb"
+    files = find(key, [(setup["sample-url"], "size:147209385")] if download else SOURCES[key])
+    mp4 = {name.removesuffix(".stem.mp4"): source for name, source in files.items() if name.endswith(".stem.mp4")}
+    songs = song_sources(files) or {song: [{**source, "stream": k, "of": 5} for k in range(5)] for song, source in mp4.items()}
+    songs = {song: tracks for song, tracks in songs.items() if labels.split_of_folder(song)}
+    if not songs:
+        die(f"no train/*/mixture.wav nor train/*.stem.mp4 under {path}: give the folder that holds train and test")
+    if any("stream" in t for tracks in songs.values() for t in tracks if isinstance(t, dict)) and not ffmpeg:
+        die(no_ffmpeg)
+    items = labels.musdb(songs, setup["validation_tracks"])
+    counts = " / ".join(str(sum(i["split"] == s for i in items)) for s in SPLITS)
+    what = f"MUSDB18{'' if mp4 else '-HQ'}, {counts} songs of 86 / 14 / 50"
+    return prepare(folder, "stems", {**settings, "what": what}, items, {s.split("/")[-1]: tracks for s, tracks in songs.items()}, [])
 
 
 def prepare_demo():
@@ -63,30 +297,56 @@ def prepare_demo():
         die("songs and clips are three positive numbers each, for train, valid and test, and the lengths are positive")
     classes = {"tags": list(synth.TAGS), "genre": list(synth.GENRES)}
 
-    def make_song(i):
-        rng = np.random.default_rng([seed, 0, i])
-        tracks = synth.render(synth.sketch(rng, full=True), song_seconds * SAMPLE_RATE, rng)
-        return {"name": f"song {i}", "split": split_of(i, songs)}, np.stack([tracks[t] for t in TRACKS])
+    def sketch(kind, i):
+        rng = np.random.default_rng([seed, ("stems", "clips").index(kind), i])
+        return synth.sketch(rng, full=kind == "stems"), rng
 
-    def make_clip(i):
-        rng = np.random.default_rng([seed, 1, i])
-        song = synth.sketch(rng)
-        item = {"name": f"clip {i}", "split": split_of(i, clips), "genre": [classes["genre"].index(song["genre"])],
-                "tags": sorted(classes["tags"].index(t) for t in synth.labels(song))}
-        return item, synth.render(song, clip_seconds * SAMPLE_RATE, rng)["mixture"][None]
+    def write(name, kind, counts, seconds, **more):
+        folder, tracks = os.path.join(out, name), TRACKS if kind == "stems" else TRACKS[:1]
+        settings = {"dataset": name, "what": "synthetic music", "seed": seed, "counts": counts, "seconds": seconds}
+        splits = [split for split, count in zip(SPLITS, counts) for _ in range(count)]
+        items = [{"name": f"{name[5:-1]} {i}", "split": split} for i, split in enumerate(splits)]
+        for i, item in enumerate(items if kind == "clips" else []):
+            song, _ = sketch(kind, i)
+            item.update(genre=[classes["genre"].index(song["genre"])], tags=sorted(classes["tags"].index(t) for t in synth.labels(song)))
 
-    write_folder("demo_songs", "stems", make_song, sum(songs), {"seed": seed, "songs": songs, "seconds": song_seconds})
-    write_folder("demo_clips", "clips", make_clip, sum(clips), {"seed": seed, "clips": clips, "seconds": clip_seconds}, classes=classes,
-                 multilabel=["tags"])
+        def make(i):
+            song, rng = sketch(kind, i)
+            waves = synth.render(song, seconds * SAMPLE_RATE, rng)
+            return describe(to_int16(np.stack([waves[t] for t in tracks])), SAMPLE_RATE)
+        with collect.locked(folder):
+            if not standing(folder, settings):
+                journal = collect.collect(folder, [i["name"] for i in items], make, settings, len(tracks), 1, overwrite)
+                collect.index(folder, folder + ".partial", journal, kind, items, [], settings, **more)
+                collect.put_in_place(folder)
+            return collect.summarise(folder)
+    return max(write("demo_songs", "stems", songs, song_seconds),
+               write("demo_clips", "clips", clips, clip_seconds, classes=classes, multilabel=["tags"]))
 
 
-DATASETS = {"demo": prepare_demo}
+DATASETS = {"demo": prepare_demo, "musdb": prepare_musdb, "mtat": prepare_mtat, "fma": prepare_fma, "gtzan": prepare_gtzan,
+            "folder": prepare_folder, "stems": prepare_stems}
+
+
+def main(argv=None):
+    _, names = configure(globals(), argv, configs=False)
+    if len(names) != 1 or names[0] not in DATASETS:
+        die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f", not {' '.join(names)}" if names else ""))
+    at_least(0, workers=workers, min_seconds=min_seconds)
+    at_least(1, timeout=timeout, memory=memory)
+    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+        die(f"shares must be three numbers, of train, valid and test, got {shares}")
+    if names == ["demo"]:
+        return prepare_demo()
+    folder, settings = os.path.join(out, name or names[0]), settings_of(names[0])
+    with collect.locked(folder):
+        return collect.summarise(folder) if standing(folder, settings) else DATASETS[names[0]](folder, settings)
+
 
 if __name__ == "__main__":
-    _, names = configure(globals(), configs=False)
-    if len(names) != 1 or names[0] not in DATASETS:
-        die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f" ({' '.join(names)} cannot be prepared yet)" if names else ""))
     try:
-        DATASETS[names[0]]()
+        sys.exit(main())
     except (ValueError, OSError) as e:
         die(e)
+    except KeyboardInterrupt:
+        die("interrupted: the same command goes on from here")

@@ -1,0 +1,200 @@
+"""
+Writes a prepared folder item by item, so that it can be killed at any moment and gone on with.
+
+    data/<name>.partial/    audio.int16 and audio.jsonl grow; job.json says what for. Renamed to data/<name>/ with index.json, written last
+
+audio.jsonl has one line per item: name, offset, length, silent (seconds without sound, per track) and notes, or name and reason. It stays,
+so that splits and labels can be changed without decoding again. What it says has reached the disk before it is said.
+"""
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from data import SPLITS, TRACKS, prefetch, write_index
+from labels import divide
+from model import SAMPLE_RATE
+from runtime import clock, die, write_atomically
+
+SYNC_EVERY = 1.0            # seconds of work that a kill can cost
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """Holds the folder for one process; the lock goes with the process, however it ends."""
+    os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
+    lock = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.lock")
+    try:
+        with FileLock(lock, timeout=0):
+            yield
+    except Timeout:
+        die(f"another process is preparing {folder} (it holds {lock}): wait for it, or choose another --name")
+
+
+def read_index(folder):
+    """The index of a complete folder, or None."""
+    if not os.path.exists(os.path.join(folder, "index.json")):
+        return None
+    with open(os.path.join(folder, "index.json"), encoding="utf-8") as f:
+        return json.load(f)
+
+
+def read_journal(folder):
+    """The whole lines of audio.jsonl: a kill can have torn the last one."""
+    path = os.path.join(folder, "audio.jsonl")
+    if not os.path.exists(path):
+        return []
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f if line.endswith("\n")]  # each is ASCII, as json.dumps writes it
+
+
+def refuse_strange_folder(folder):
+    """Only what was prepared by us is ever replaced."""
+    if os.path.exists(folder) and not os.path.exists(os.path.join(folder, "index.json")):
+        die(f"{folder} is there, but is not prepared data: move it away, or choose another --name or --out")
+
+
+def write_all(f, data):
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[f.write(view):]
+
+
+def collect(folder, names, make, job, tracks, threads, overwrite):
+    """Fills folder.partial with the audio of make(i) -> (info, int16 (tracks, length)) or ({"reason"}, None) for each of `names`, in order.
+
+    Goes on with what an earlier process left there, if it had the same `job`. Returns the journal."""
+    partial = folder + ".partial"
+    text = json.dumps(job, indent=1, sort_keys=True)
+    if os.path.exists(partial):
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(partial, "job.json"), encoding="utf-8") as f:
+            begun = f.read()
+            if begun != text and not overwrite:
+                die(f"{partial} was begun with other settings or other files: --overwrite=True begins anew, --name=NAME writes elsewhere")
+            if begun != text:
+                shutil.rmtree(partial)
+    os.makedirs(partial, exist_ok=True)
+    write_atomically(text, os.path.join(partial, "job.json"))
+    journal = read_journal(partial)
+    written = sum(tracks * r["length"] for r in journal if "length" in r)
+    audio_path, journal_path = (os.path.join(partial, n) for n in ("audio.int16", "audio.jsonl"))
+    if [r["name"] for r in journal] != names[:len(journal)] or (written and os.path.getsize(audio_path) < 2 * written):
+        die(f"{partial} is damaged: delete it")
+    for path, size in ((audio_path, 2 * written), (journal_path, sum(len(json.dumps(r)) + 1 for r in journal))):
+        with open(path, "ab") as f:
+            f.truncate(size)  # what had not been synced
+    try:
+        with open(audio_path, "ab", buffering=0) as audio, open(journal_path, "ab", buffering=0) as lines:
+            pending, synced = [], time.monotonic()
+
+            def sync():
+                os.fsync(audio.fileno())
+                if hasattr(os, "posix_fadvise"):  # a dataset of 24 GB should not push all else out of memory
+                    os.posix_fadvise(audio.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                write_all(lines, b"".join(json.dumps(r).encode() + b"\n" for r in pending))
+                os.fsync(lines.fileno())
+                pending.clear()
+
+            with tqdm(total=len(names), initial=len(journal), desc=folder, unit="file" if tracks == 1 else "song", smoothing=0.05) as bar:
+                for name, (info, samples) in zip(names[len(journal):], prefetch(make, range(len(journal), len(names)), threads)):
+                    record = {"name": name, **info}
+                    if samples is not None:
+                        record["offset"] = written
+                        write_all(audio, samples)
+                        written += samples.size
+                    journal.append(record)
+                    pending.append(record)
+                    bar.update()
+                    if time.monotonic() - synced > SYNC_EVERY:
+                        sync()
+                        synced = time.monotonic()
+            sync()
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        die(f"{partial}: {e.strerror} after {len(journal):,} of {len(names):,} files and {2 * written / 1e9:.2f} GB: make room, and the same "
+            "command goes on from there")
+    return journal
+
+
+def index(folder, target, journal, kind, items, left_out, settings, **more):
+    """Writes target/index.json: the items whose audio is there, in their order, and what was left out and why."""
+    done = {r["name"]: r for r in journal}
+    left_out = [{**entry, "expected": True} for entry in left_out]
+    left_out += [{"name": i["name"], "reason": done[i["name"]]["reason"], "expected": False} for i in items if "reason" in done[i["name"]]]
+    kept = [{**i, "offset": done[i["name"]]["offset"], "length": done[i["name"]]["length"]} for i in items if "reason" not in done[i["name"]]]
+    if not kept:
+        reasons = sorted({entry["reason"] for entry in left_out})
+        die(f"{folder}: none of {len(items):,} files can be used ({'; '.join(reasons)[:300]}): is --path right?")
+    if not all(i["split"] for i in kept):
+        divide(kept, next(iter(more.get("classes", [None]))), settings["shares"], settings["seed"])
+    notes = [{"name": i["name"], "note": note} for i in items for note in done[i["name"]].get("notes", [])]
+    n_samples = sum((len(TRACKS) if kind == "stems" else 1) * r["length"] for r in journal if "length" in r)
+    write_index(target, kind, kept, n_samples, left_out, notes=notes, settings=settings, **more)
+
+
+def put_in_place(folder):
+    """Renames folder.partial, which is complete, to folder."""
+    old = folder + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(folder):
+        os.rename(folder, old)
+    os.rename(folder + ".partial", folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def fingerprint(jobs):
+    """A hash of the names and sizes of the files of all jobs."""
+    return hashlib.sha256(json.dumps([[job["name"], job.get("sizes")] for job in jobs]).encode()).hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# what came of it
+
+def summarise(folder, seconds=None):
+    """Prints what is in a prepared folder, to be compared with what should be; returns the exit status, 3 if a file is missing unexpectedly."""
+    found = read_index(folder)
+    journal = {r["name"]: r for r in read_journal(folder)}
+    items, left_out, stems = found["items"], found["left_out"], found["kind"] == "stems"
+    unexpected = [entry for entry in left_out if not entry["expected"]]
+    absent = sum(entry["reason"] == "is not there" for entry in unexpected)
+    wanted = len(items) + len(unexpected)
+    print(f"\n{folder}: {found['settings'].get('what', 'prepared data')}")
+    print(f"found {wanted - absent:,} of {wanted:,} {'songs' if stems else 'files'} ({100 * (wanted - absent) / wanted:.1f} %)\n")
+    tracks = TRACKS if stems else ("silent",)
+    print(f"{'':8}{'songs' if stems else 'clips':>8}{'hours':>9}  " + ("silence in " if stems else "") + "".join(f"{t:>10}" for t in tracks))
+    for split in SPLITS:
+        chosen = [i for i in items if i["split"] == split]
+        total = sum(i["length"] for i in chosen) / SAMPLE_RATE
+        silent = [sum(journal[i["name"]]["silent"][k] for i in chosen) / max(total, 1) for k in range(len(tracks))]
+        print(f"{split:8}{len(chosen):8,}{total / 3600:9.2f}  " + (" " * 11 if stems else "") + "".join(f"{100 * s:8.1f} %" for s in silent))
+    for task, names in found.get("classes", {}).items():
+        counts = {split: [0] * len(names) for split in SPLITS}
+        for item in items:
+            for c in item.get(task, []):
+                counts[item["split"]][c] += 1
+        cells = [f"{name} {' / '.join(f'{counts[s][c]:,}' for s in SPLITS)}" for c, name in enumerate(names)]
+        print(f"\n{task}, {len(names)} classes: clips in train / valid / test")
+        width = max(map(len, cells)) + 3
+        for row in range(0, len(cells), max(1, 132 // width)):
+            print("  " + "".join(f"{cell:{width}}" for cell in cells[row:row + max(1, 132 // width)]).rstrip())
+    for title, entries in (("left out, as expected", [e for e in left_out if e["expected"]]), ("LEFT OUT, UNEXPECTEDLY", unexpected),
+                           ("kept, but odd", [{"name": n["name"], "reason": n["note"]} for n in found.get("notes", [])])):
+        if entries:
+            print(f"\n{title}: {len(entries):,}")
+            for entry in entries[:8]:
+                print(f"  {entry['name'].encode('utf-8', 'backslashreplace').decode()}: {entry['reason']}")
+            if len(entries) > 8:
+                print(f"  ... all of them in {os.path.join(folder, 'index.json')}")
+    size = os.path.getsize(os.path.join(folder, "audio.int16"))
+    print(f"\n{size / 1e9:.2f} GB" + (f", {clock(seconds)}" if seconds is not None else ""))
+    for split in SPLITS:
+        if not any(i["split"] == split for i in items):
+            print(f"note: the {split} split is empty")
+    return 3 if unexpected else 0

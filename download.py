@@ -1,0 +1,175 @@
+"""
+Where the datasets come from, and how they get here: each file is resumed where it broke off, and checked before it has its name.
+"""
+import hashlib
+import http.client
+import os
+import shutil
+import time
+import urllib.error
+import urllib.request
+
+from tqdm import tqdm
+
+MTAT = "https://mirg.city.ac.uk/datasets/magnatagatune/"
+FMA = "https://os.unil.cloud.switch.ch/fma/"
+# name: [(address, checksum)]
+SOURCES = {
+    "mtat": [(MTAT + "annotations_final.csv", "sha256:99b94e95825d4fa576386a5367b9c96e0ec636e9f9c240aceb492f4728f68c3c"),
+             (MTAT + "clip_info_final.csv", "sha256:cb6108a10d3a91f0bfd7d2fbec2382559d15f20c8d28093f14e12162a47a3e78"),
+             (MTAT + "mp3.zip.001", "sha256:f857fe185968773058cc71662c2ef5d8f2d4b7338e3c122cfd52f82dcb9760b9"),
+             (MTAT + "mp3.zip.002", "sha256:fc2e1ec441755556ed1398b1808f1b08b6034372f8bc27394510c0c58cdb52ce"),
+             (MTAT + "mp3.zip.003", "sha256:83a689824c17e82f6eb81cdbc4e4ca239a4cfc1fb41f1a5c80b861caec90450f")],
+    "fma_small": [(FMA + "fma_metadata.zip", "sha1:f0df49ffe5f2a6008d7dc83c6915b31835dfe733"),
+                  (FMA + "fma_small.zip", "sha1:ade154f733639d52e35e32f5593efe5be76c6d70")],
+    "fma_medium": [(FMA + "fma_metadata.zip", "sha1:f0df49ffe5f2a6008d7dc83c6915b31835dfe733"),
+                   (FMA + "fma_medium.zip", "sha1:c67b69ea232021025fca9231fc1c7c1a063ab50b")],
+    "musdb": [("https://zenodo.org/records/1117372/files/musdb18.zip", "md5:af06762477334799bfc5abf237648207")],
+    "musdb_hq": [("https://zenodo.org/record/3338373/files/musdb18hq.zip",
+                  "sha256:baac80d0483c61d74b2e5f3be75fa557eec52898339e6aa45c1fa48833c5d21d")],
+}
+PAUSES = (1, 2, 5, 15, 30, 60)      # seconds between attempts that bring nothing; each that brings something starts over
+TIMEOUT = 60                        # seconds without a byte
+
+
+def download(sources, folder):
+    """Brings the files that `folder` lacks; one that lies there already is checked. ValueError or OSError with what to do if it cannot."""
+    os.makedirs(folder, exist_ok=True)
+    wanted = [(url, checksum, os.path.join(folder, url.rsplit("/", 1)[1])) for url, checksum in sources]
+    for url, checksum, path in wanted:
+        if os.path.exists(path):
+            check(path, checksum, f"delete it to download it again from {url}")
+    missing = [(url, checksum, path) for url, checksum, path in wanted if not os.path.exists(path)]
+    sizes = [size_of(url) for url, _, _ in missing]
+    for (url, _, _), size in zip(missing, sizes):
+        print(f"to download: {url}" + (f", {size / 1e9:.2f} GB" if size else ""))
+    need_space(folder, sum(filter(None, sizes)) - sum(have(path) for _, _, path in missing))
+    for url, checksum, path in missing:
+        fetch(url, path)
+        check(path + ".part", checksum, "the same command downloads it again", delete=True)
+        os.replace(path + ".part", path)
+        remember(path, checksum)
+
+
+def have(path):
+    return os.path.getsize(path + ".part") if os.path.exists(path + ".part") else 0
+
+
+def need_space(folder, size):
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise ValueError(f"{folder} needs {size / 1e9:.2f} GB for the download, the disk has {free / 1e9:.2f} GB free: "
+                         "free some space, or link data/raw to a larger disk")
+
+
+def size_of(url):
+    """Bytes of what is at the address, or None if the server does not tell without sending it."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
+            return int(answer.headers["Content-Length"])
+    except urllib.error.HTTPError as e:
+        if e.code in (403, 404, 410):
+            raise gone(url, e) from e
+        return None
+    except (OSError, TypeError, ValueError, http.client.HTTPException):
+        return None  # fetch tries again, and says what is wrong
+
+
+def gone(url, e):
+    return ValueError(f"{url} is not there any more ({e.code} {e.reason}): find the file elsewhere and put it into data/raw, or give "
+                      "--path=FOLDER where the dataset lies")
+
+
+def fetch(url, path):
+    """url to path.part, going on from what is there. Tries again after a broken connection or a busy server, with growing pauses."""
+    pauses, restarts = list(PAUSES), 0
+    while True:
+        before = have(path)
+        try:
+            if fetch_rest(url, path):
+                return
+            problem = "the connection broke off"
+        except urllib.error.HTTPError as e:
+            if e.code == 416:  # what is there is as long as the file, or too long
+                if before == size_of(url):
+                    return
+                os.remove(path + ".part")
+                restarts += 1
+                if restarts > 2:
+                    raise ValueError(f"{url}: the server does not go on where the download stood, nor from the start") from e
+                continue
+            if e.code not in (408, 425, 429) and e.code < 500:
+                raise gone(url, e) from e
+            problem = f"{e.code} {e.reason}"
+        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as e:
+            problem = str(getattr(e, "reason", e)) or type(e).__name__
+        if have(path) > before:
+            pauses = list(PAUSES)
+        if not pauses:
+            raise ValueError(f"{url}: {problem}, and {len(PAUSES)} attempts more brought nothing: try again later, the same command goes on "
+                             f"from the {have(path) / 1e6:.1f} MB that are there")
+        pause = pauses.pop(0)
+        print(f"{url}: {problem} at {have(path) / 1e6:.1f} MB, again in {pause} s", flush=True)
+        time.sleep(pause)
+
+
+def fetch_rest(url, path):
+    """One connection. True if the file is complete, False if it ended early."""
+    start = have(path)
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        if start and (answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")):
+            start = 0  # a server without ranges sends all of it again
+        length = answer.headers.get("Content-Length")
+        total = start + int(length) if length else None
+        need_space(os.path.dirname(path), (total or start) - start)
+        with open(path + ".part", "r+b" if start else "wb") as f, tqdm(
+                desc=os.path.basename(path), initial=start, total=total, unit="B", unit_scale=True, mininterval=1) as bar:
+            f.seek(start)
+            f.truncate()
+            while block := answer.read1(1 << 20):
+                f.write(block)
+                bar.update(len(block))
+            f.flush()
+            os.fsync(f.fileno())
+            return total is None or f.tell() == total
+
+
+def check(path, checksum, hint, delete=False):
+    """ValueError unless the file has the checksum, "algorithm:digest" or "size:bytes"; a file once found right is not read again."""
+    if read_note(path) == note_of(path, checksum):
+        return
+    algorithm, _, right = checksum.partition(":")
+    found = str(os.path.getsize(path)) if algorithm == "size" else digest_of(path, algorithm)
+    if found != right:
+        if delete:
+            os.remove(path)
+        raise ValueError(f"{path} is not the file that the dataset's authors published ({algorithm} {found[:12]}, not {right[:12]}): {hint}")
+    if not delete:
+        remember(path, checksum)
+
+
+def digest_of(path, algorithm):
+    digest = hashlib.new(algorithm, usedforsecurity=False)
+    with open(path, "rb") as f, tqdm(desc=f"checking {os.path.basename(path)}", total=os.path.getsize(path), unit="B", unit_scale=True,
+                                     mininterval=1) as bar:
+        while block := f.read(1 << 22):
+            digest.update(block)
+            bar.update(len(block))
+    return digest.hexdigest()
+
+
+def note_of(path, checksum):
+    return f"{checksum} {os.path.getsize(path)} {os.stat(path).st_mtime_ns}\n"
+
+
+def read_note(path):
+    if not os.path.exists(path + ".checked"):
+        return None
+    with open(path + ".checked", encoding="utf-8") as f:
+        return f.read()
+
+
+def remember(path, checksum):
+    with open(path + ".checked", "w", encoding="utf-8") as f:
+        f.write(note_of(path, checksum))

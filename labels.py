@@ -1,0 +1,236 @@
+"""
+Who is in which split and with which labels, from the datasets' own files. Nothing here decodes audio.
+
+Each function returns (classes {task: [names]}, items [{"name", "split", task: [class numbers]}], left_out [{"name", "reason"}]), where left_out
+are the files that the protocol itself leaves out. A split of None is decided by `divide` once it is known which files can be used.
+"""
+import csv
+import io
+import re
+
+import numpy as np
+
+from data import SPLITS
+
+SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test", "testing": "test"}
+
+MTAT_EMPTY = {"35644", "55753", "57881"}    # distributed as files of 0 bytes
+MTAT_UNLISTED = {"29", "11268", "11269"}    # have top-50 tags, but are not in the published clean split
+MTAT_FOLDERS = {**dict.fromkeys("0123456789ab", "train"), "c": "valid", **dict.fromkeys("def", "test")}
+
+FMA_GENRES = ["Electronic", "Instrumental", "Hip-Hop", "Country", "Spoken", "Old-Time / Historic", "Classical", "Blues", "International",
+              "Pop", "Folk", "Jazz", "Experimental", "Easy Listening", "Rock", "Soul-RnB"]          # the order of the authors' models
+FMA_SUBSETS = {"small": {"small"}, "medium_minus_small": {"medium"}, "medium": {"small", "medium"}}
+FMA_UNUSABLE = set("001486 005574 065753 080391 098558 098559 098560 098565 098566 098567 098568 098569 098571 099134 105247 108924 108925 "
+                   "126981 127336 133297 143992".split())
+
+
+def table(raw, delimiter=","):
+    """(line number, cells) of the rows of a CSV file given as bytes, without blank ones. ValueError if it is not UTF-8 text, or if a row
+    has another number of cells than the first."""
+    csv.field_size_limit(1 << 24)  # FMA's biographies are long
+    try:
+        rows, width = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True), None
+        for row in rows:
+            if any(cell.strip() for cell in row):
+                width = width or len(row)
+                if len(row) != width:
+                    raise ValueError(f"line {rows.line_num} has {len(row)} cells instead of {width}: is the file complete?")
+                yield rows.line_num, row
+    except UnicodeDecodeError as e:
+        raise ValueError(f"not UTF-8 text ({e}): save it as UTF-8") from e
+    except csv.Error as e:
+        raise ValueError(f"line {rows.line_num}: {e}") from e
+
+
+# -----------------------------------------------------------------------------
+# MagnaTagATune
+
+def mtat(annotations, clip_info, protocol):
+    """annotations_final.csv and clip_info_final.csv (bytes, the second may be None) by one of the two protocols in use.
+
+    "clean" (Won et al. 2020 and the paper): clips with at least one of the 50 most frequent tags: 15,244 / 1,529 / 4,332.
+    "full" (CLMR, MERT, ...): every clip, untagged ones with no tag at all: 18,706 / 1,825 / 5,329. Tags and clips are in the published
+    clean split's order: tags by count, ties as in the file; clips by name."""
+    rows = [row for _, row in table(annotations, "\t")]
+    header = rows.pop(0) if rows else []
+    if header[:1] != ["clip_id"] or header[-1:] != ["mp3_path"] or len(header) < 52:
+        raise ValueError("annotations_final.csv must have the columns clip_id, the tags, mp3_path, separated by tabs")
+    cells = np.array([row[1:-1] for row in rows]) == "1"                                 # (clips, tags)
+    top = np.argsort(-cells.sum(0), kind="stable")[:50]
+    cells = cells[:, top]                                                                # (clips, 50)
+    titles = {}
+    if clip_info:
+        info = [row for _, row in table(clip_info, "\t")]
+        clip_id, title, artist = (info[0].index(column) for column in ("clip_id", "title", "artist"))
+        titles = {row[clip_id]: f"{row[artist]} - {row[title]}" for row in info}
+    items, left_out = [], []
+    for row, tags in sorted(zip(rows, cells), key=lambda both: both[0][-1].removesuffix(".mp3")):
+        clip, name = row[0], row[-1]
+        if protocol == "clean" and not tags.any():
+            continue
+        if clip in MTAT_EMPTY:
+            left_out.append({"name": name, "reason": "is empty in the distribution"})
+        elif protocol == "clean" and clip in MTAT_UNLISTED:
+            left_out.append({"name": name, "reason": "is not in the published clean split"})
+        else:
+            items.append({"name": name, "split": MTAT_FOLDERS[name[0]], "tags": np.flatnonzero(tags).tolist(),
+                          **({"title": titles[clip]} if clip in titles else {})})
+    return {"tags": [header[1 + i] for i in top]}, items, left_out
+
+
+# -----------------------------------------------------------------------------
+# FMA
+
+def fma(tracks, subset):
+    """tracks.csv (bytes) of fma_metadata: "medium_minus_small" is what the paper's first version reports as medium, 17,000 tracks;
+    "medium" all 25,000; "small" 8,000 of them. Genres are in the order of the authors' models, without those that the subset lacks."""
+    rows = [row for _, row in table(tracks)]
+    heads = list(zip(*rows[:3]))
+    columns = {head[:2]: i for i, head in enumerate(heads)}
+    missing = [f"({a}, {b})" for a, b in (("set", "split"), ("set", "subset"), ("track", "genre_top")) if (a, b) not in columns]
+    if missing:
+        raise ValueError(f"tracks.csv has no {' and no '.join(missing)} in its three header rows: is it FMA's, and unedited?")
+    split, its_subset, genre = columns["set", "split"], columns["set", "subset"], columns["track", "genre_top"]
+    chosen = sorted((f"{int(row[0]):06d}", row) for row in rows[3:] if row[its_subset] in FMA_SUBSETS[subset])
+    genres = [g for g in FMA_GENRES if any(row[genre] == g for _, row in chosen)]
+    items, left_out = [], []
+    for name, row in chosen:
+        if name in FMA_UNUSABLE:
+            left_out.append({"name": f"{name}.mp3", "reason": "is known to be unusable"})
+        elif row[genre] not in genres:
+            left_out.append({"name": f"{name}.mp3", "reason": f"has no top genre, but {row[genre]!r}"})
+        else:
+            items.append({"name": f"{name}.mp3", "split": SPLIT_NAMES[row[split]], "genre": [genres.index(row[genre])]})
+    return {"genre": genres}, items, left_out
+
+
+# -----------------------------------------------------------------------------
+# GTZAN
+
+def gtzan():
+    """The fault-filtered split (Kereliuk et al. 2015), 443 / 197 / 290, from the lists in torchaudio; names as in "blues.00029"."""
+    from torchaudio.datasets import gtzan as lists
+    items = [{"name": name, "split": split, "genre": [lists.gtzan_genres.index(name.split(".")[0])]}
+             for split, names in zip(SPLITS, (lists.filtered_train, lists.filtered_valid, lists.filtered_test)) for name in sorted(names)]
+    return {"genre": list(lists.gtzan_genres)}, items, []
+
+
+# -----------------------------------------------------------------------------
+# the user's own
+
+def folder(names):
+    """One folder per class: the first part of each name is its class."""
+    flat = [n for n in names if "/" not in n]
+    if flat:
+        raise ValueError(f"{flat[0]} is in no class: --path must hold one folder per class, or give the labels with --csv=FILE")
+    classes = sorted({n.split("/")[0] for n in names})
+    return {"genre": classes}, [{"name": n, "split": None, "genre": [classes.index(n.split("/")[0])]} for n in names], []
+
+
+def from_csv(raw, separator, group):
+    """A CSV file with the columns path and label, and optionally split, and group (or artist, or album): what must not be split up.
+
+    With a separator, such as ;, a label is any number of tags, else one genre."""
+    first = raw.partition(b"\n")[0].decode("utf-8-sig", "replace")
+    rows = table(raw, max(",;\t", key=first.count))
+    header = [h.strip().lower() for h in next(rows, (0, []))[1]]
+    if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
+        raise ValueError(f"needs the columns path and label, has {', '.join(header) or 'none'}")
+    if group and group.lower() not in header:
+        raise ValueError(f"has no column {group!r} to group by, only {', '.join(header)}")
+    group = group.lower() or next((g for g in ("group", "artist", "album") if g in header), "path")
+    items, task = [], "tags" if separator else "genre"
+    for line, row in rows:
+        row = dict(zip(header, (cell.strip() for cell in row)))
+        labels = sorted({l.strip() for l in row["label"].split(separator)} - {""}) if separator else [row["label"]]
+        if not row["path"] or labels == [""]:
+            raise ValueError(f"line {line}: no {'label' if row['path'] else 'path'}")
+        if "split" in row and row["split"].lower() not in SPLIT_NAMES:
+            raise ValueError(f"line {line}: split is {row['split']!r} instead of train, valid or test")
+        items.append({"name": row["path"], "split": SPLIT_NAMES.get(row.get("split", "").lower()), task: labels, "group": row[group] or row["path"]})
+    names = [i["name"] for i in items]
+    if len(set(names)) < len(names):
+        raise ValueError(f"names {next(n for n in names if names.count(n) > 1)} twice")
+    classes = sorted({label for item in items for label in item[task]})
+    for item in items:
+        item[task] = [classes.index(label) for label in item[task]]
+    return {task: classes}, sorted(items, key=lambda i: i["name"]), []
+
+
+def divide(items, task, shares, seed):
+    """Gives the items without a split one: stratified by the classes of the task (None: songs), and without splitting up a group."""
+    free = [i for i in items if not i["split"]]
+    for item, split in zip(free, split_evenly([i.get(task, []) for i in free], [i.get("group", i["name"]) for i in free], shares, seed)):
+        item["split"] = split
+
+
+def split_evenly(labels, groups, shares, seed):
+    """A split for each item such that every class is spread over train, valid and test in these shares, and no group is split up.
+
+    Iterative stratification (Sechidis et al. 2011), whole groups at a time: the rarest class that is left first, its groups one by one to
+    the split that lacks most of it. The same for the same items and seed, whatever their order."""
+    members = {}
+    for number, group in enumerate(groups):
+        members.setdefault(group, []).append(number)
+    names = sorted(members)
+    names = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
+    counts = np.zeros((len(names), 1 + max((c for l in labels for c in l), default=-1)), int)   # (groups, classes)
+    for row, name in zip(counts, names):
+        for number in members[name]:
+            row[labels[number]] += 1
+    sizes = np.array([len(members[name]) for name in names])
+    shares = np.array(shares) / sum(shares)
+    wanted, room = shares[:, None] * counts.sum(0), shares * sizes.sum()                 # (splits, classes), (splits,)
+    left, chosen = np.ones(len(names), bool), {}
+    while left.any():
+        totals = counts[left].sum(0)
+        rarest = int(np.argmin(np.where(totals > 0, totals, np.iinfo(int).max))) if totals.any() else None
+        these = np.flatnonzero(left & (counts[:, rarest] > 0)) if rarest is not None else np.flatnonzero(left)
+        for i in sorted(these, key=lambda i: -sizes[i]):                                 # large groups while there is room
+            lack = wanted[:, rarest] if rarest is not None else room
+            split = max(range(len(shares)), key=lambda s: (round(lack[s], 9), room[s]))
+            chosen[names[i]] = SPLITS[split]
+            wanted[split] -= counts[i]
+            room[split] -= sizes[i]
+            left[i] = False
+    return [chosen[group] for group in groups]
+
+
+# -----------------------------------------------------------------------------
+# songs with stems
+
+SONG_FILE = re.compile(r"(?:(?P<song>.+)/)(?P<track>mixture|drums|bass|other|vocals)\.[a-z0-9]+", re.IGNORECASE)
+
+
+def songs_of(files):
+    """{song: {track: file}} of folders with files called mixture, drums, bass, other, vocals."""
+    songs = {}
+    for name in files:
+        match = SONG_FILE.fullmatch(name)
+        if match:
+            songs.setdefault(match["song"], {})[match["track"].lower()] = name
+    return songs
+
+
+def split_of_folder(song):
+    """The split that a song's folder names, as in "train/Artist - Title", or None."""
+    return next((SPLIT_NAMES[part.lower()] for part in song.split("/")[:-1] if part.lower() in SPLIT_NAMES), None)
+
+
+def stems(songs):
+    """Any songs: the split of their folder (train/, valid/, test/) if all of them lie in one, else None."""
+    splits = [split_of_folder(song) for song in songs]
+    if None in splits and any(splits):
+        raise ValueError(f"some songs lie in train/, valid/ or test/, but {songs[splits.index(None)]} does not")
+    return [{"name": song, "split": split} for song, split in zip(songs, splits)]
+
+
+def musdb(songs, validation):
+    """MUSDB18: train/ without the package's 14 validation songs, those, and test/: 86 / 14 / 50."""
+    items = []
+    for song in songs:
+        split = split_of_folder(song)
+        title = song.split("/")[-1]
+        items.append({"name": title, "split": "valid" if split == "train" and title in validation else split})
+    return items
