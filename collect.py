@@ -23,6 +23,7 @@ from model import SAMPLE_RATE
 from runtime import clock, die, write_atomically
 
 SYNC_EVERY = 1.0            # seconds of work that a kill can cost
+AHEAD = {1: 16, 5: 2}       # clips or songs per thread that may wait in memory for one before them, or for the disk
 
 
 @contextlib.contextmanager
@@ -102,7 +103,7 @@ def collect(folder, names, make, job, tracks, threads, overwrite):
                 pending.clear()
 
             with tqdm(total=len(names), initial=len(journal), desc=folder, unit="file" if tracks == 1 else "song", smoothing=0.05) as bar:
-                for name, (info, samples) in zip(names[len(journal):], prefetch(make, range(len(journal), len(names)), threads)):
+                for name, (info, samples) in zip(names[len(journal):], prefetch(make, range(len(journal), len(names)), threads, ahead=AHEAD[tracks])):
                     record = {"name": name, **info}
                     if samples is not None:
                         record["offset"] = written

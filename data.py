@@ -177,8 +177,8 @@ class Clips:
         return torch.from_numpy(waves), self.targets[numbers]
 
 
-def prefetch(make, numbers, workers, pin=False):
-    """Yields make(n) for n in numbers, in order, computed ahead by `workers` threads (0: here and now)."""
+def prefetch(make, numbers, workers, pin=False, ahead=2):
+    """Yields make(n) for n in numbers, in order, at most `ahead` per thread computed before they are asked for (0 workers: here and now)."""
     def job(n):
         return tuple(t.pin_memory() for t in make(n)) if pin else make(n)
     if workers == 0:
@@ -187,7 +187,7 @@ def prefetch(make, numbers, workers, pin=False):
     numbers = iter(numbers)
     with ThreadPoolExecutor(workers) as pool:
         try:
-            waiting = [pool.submit(job, n) for _, n in zip(range(2 * workers), numbers)]
+            waiting = [pool.submit(job, n) for _, n in zip(range(ahead * workers), numbers)]
             while waiting:
                 ready = waiting.pop(0).result()
                 waiting.extend(pool.submit(job, n) for _, n in zip(range(1), numbers))

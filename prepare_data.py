@@ -86,7 +86,10 @@ def inventory(root, archives=True):
                 packed.setdefault(zipped[1], []).append(full)
             elif not file.startswith(".") and not file.endswith((".part", ".checked")):
                 files[os.path.relpath(full, root).replace(os.sep, "/")] = {"file": full}
-    for paths in packed.values() if archives else []:
+    for archive, paths in packed.items() if archives else []:
+        parts = [archive] if paths == [archive] else [f"{archive}.{k + 1:03d}" for k in range(len(paths))]
+        if paths != parts:
+            raise ValueError(f"of {archive} there are {', '.join(os.path.basename(p) for p in paths)}: a part is missing, or too many")
         try:
             members = open_zip(tuple(paths)).namelist()
         except zipfile.BadZipFile as e:

@@ -1,0 +1,592 @@
+"""
+Tests of prepare_data.py: each dataset from small files made here as its authors ship it; the published splits where they lie beside the project.
+
+    python -m pytest -q test_prepare.py
+"""
+import hashlib
+import http.server
+import io
+import json
+import lzma
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+
+import data
+import download
+import labels
+import prepare_data
+
+ROOT = Path(__file__).resolve().parent
+REAL = ROOT.parent / "shared" / "realdata"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not there")
+needs_ffmpeg = pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="ffmpeg is not installed")
+RATE = 16000
+
+
+def prepare(out, *args):
+    """Runs prepare_data.py in this process; returns the exit status, or the error line."""
+    try:
+        return prepare_data.main([*map(str, args), f"--out={out}"])
+    except (ValueError, OSError) as e:
+        return f"error: {e}"
+    except SystemExit as e:
+        return e.code
+
+
+def sound(path, seconds=5.0, rate=RATE, seed=0, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = 0.1 * np.random.default_rng(seed).standard_normal(int(rate * seconds))
+    sf.write(path, wave, rate, format=options.pop("format", None) or path.suffix[1:].upper(), **options)
+
+
+def index_of(folder):
+    return json.loads((folder / "index.json").read_text())
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+# -----------------------------------------------------------------------------
+# MagnaTagATune
+
+def magnatagatune(root, clips=40, seed=0):
+    """annotations_final.csv and clip_info_final.csv as they are written, and an mp3 for each clip; returns the rows."""
+    rng = np.random.default_rng(seed)
+    tags = [f"tag {k}" for k in range(60)]
+    rows = []
+    for k in range(clips):
+        folder = "0123456789abcdef"[k % 16]
+        rows.append([str(100 + k), *map(str, (rng.random(60) < np.linspace(0.5, 0.02, 60)).astype(int)), f"{folder}/artist-song-{k:02d}-0-29.mp3"])
+    rows[3][1:-1] = ["0"] * 60                    # no tag at all
+    rows[5][1:-1] = ["0"] * 59 + ["1"]            # none of the top 50
+    rows[6][0], rows[7][0] = "35644", "29"
+    root.mkdir(parents=True, exist_ok=True)
+
+    def write(name, table):
+        (root / name).write_bytes("".join("\t".join(f'"{c}"' for c in row) + "\r\n" for row in table).encode())
+    write("annotations_final.csv", [["clip_id", *tags, "mp3_path"], *rows])
+    info = [[r[0], "1", f"Title {r[0]}", "Artist", "Album", "", "0", "29", "", r[-1]] for r in rows]
+    write("clip_info_final.csv", [["clip_id", "track_number", "title", "artist", "album", "url", "segmentStart", "segmentEnd", "original_url", "mp3_path"],
+                                  *info, ["9999", "1", "t", "a", "b", "", "0", "29", "", ""]])
+    for row in rows:
+        sound(root / "mp3" / row[-1], seed=int(row[0]))
+    (root / "mp3" / rows[6][-1]).write_bytes(b"")
+    return rows, tags
+
+
+def test_mtat_from_the_files_and_from_the_zip_in_parts(tmp_path, capsys):
+    rows, tags = magnatagatune(tmp_path / "raw")
+    assert prepare(tmp_path / "a", "mtat", f"--path={tmp_path / 'raw'}") == 0
+    found = index_of(tmp_path / "a" / "mtat")
+    counts = {t: sum(r[1 + k] == "1" for r in rows) for k, t in enumerate(tags)}
+    top = sorted(tags, key=lambda t: -counts[t])[:50]  # ties stay in the file's order
+    assert found["classes"] == {"tags": top} and found["multilabel"] == ["tags"]
+    wanted = {r[-1]: [t for t in top if r[1 + tags.index(t)] == "1"] for r in rows if r[0] not in ("35644", "29")}
+    wanted = {name: its for name, its in wanted.items() if its}
+    assert {i["name"]: sorted(top[c] for c in i["tags"]) for i in found["items"]} == {n: sorted(t) for n, t in wanted.items()}
+    assert all(i["split"] == ("train" if i["name"][0] in "0123456789ab" else "valid" if i["name"][0] == "c" else "test") for i in found["items"])
+    assert {e["reason"] for e in found["left_out"]} == {"is empty in the distribution", "is not in the published clean split"}
+    assert found["items"][0]["title"].startswith("Artist - Title")
+    prepared = data.Prepared(str(tmp_path / "a" / "mtat"), "clips")
+    for item in prepared.items("train")[:3]:
+        reference, _ = sf.read(tmp_path / "raw" / "mp3" / item["name"])
+        np.testing.assert_allclose(prepared.read(item), np.clip(reference, -1, 1), atol=2e-5)
+    assert "clean protocol" in capsys.readouterr().out
+
+    assert prepare(tmp_path / "a", "mtat", f"--path={tmp_path / 'raw'}", "--protocol=full", "--name=full") == 0
+    full = index_of(tmp_path / "a" / "full")
+    assert len(full["items"]) == len(rows) - 1 and sum(not i["tags"] for i in full["items"]) >= 2
+
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    with zipfile.ZipFile(tmp_path / "mp3.zip", "w") as z:
+        for row in rows:
+            z.write(tmp_path / "raw" / "mp3" / row[-1], row[-1])
+    raw = (tmp_path / "mp3.zip").read_bytes()
+    for k in range(3):
+        (packed / f"mp3.zip.00{k + 1}").write_bytes(raw[k * len(raw) // 3:(k + 1) * len(raw) // 3])
+    for name in ("annotations_final.csv", "clip_info_final.csv"):
+        shutil.copy(tmp_path / "raw" / name, packed)
+    assert prepare(tmp_path / "b", "mtat", f"--path={packed}", "--workers=3") == 0
+    assert (tmp_path / "b" / "mtat" / "audio.int16").read_bytes() == (tmp_path / "a" / "mtat" / "audio.int16").read_bytes()
+    assert index_of(tmp_path / "b" / "mtat")["items"] == found["items"]
+    for part in "21":
+        (packed / f"mp3.zip.00{part}").unlink()
+        assert "part" in prepare(tmp_path / "c", "mtat", f"--path={packed}")
+
+
+def test_mtat_with_part_of_the_files_says_which_share_it_found(tmp_path, capsys):
+    rows, _ = magnatagatune(tmp_path / "raw", clips=32)
+    names = [r[-1] for r in rows]
+    for name in names[16:]:
+        (tmp_path / "raw" / "mp3" / name).unlink()
+    assert prepare(tmp_path / "out", "mtat", f"--path={tmp_path / 'raw'}", "--protocol=full") == 3
+    assert "found 15 of 31 files (48.4 %)" in capsys.readouterr().out
+    absent = [e for e in index_of(tmp_path / "out" / "mtat")["left_out"] if not e["expected"]]
+    assert sorted(e["name"] for e in absent) == sorted(names[16:]) and {e["reason"] for e in absent} == {"is not there"}
+    assert prepare(tmp_path / "out", "mtat", "--protocol=full") == 3   # listed again, from nothing but the prepared folder
+
+
+@needs_real
+def test_mtat_splits_are_the_published_ones_cell_for_cell(tmp_path):
+    def real(name):
+        return lzma.open(REAL / "mtat" / name).read()
+    annotations, info = real("annotations_final.csv.xz"), real("clip_info_final.csv.xz")
+    classes, items, left_out = labels.mtat(annotations, info, "clean")
+    published = (REAL / "mtat" / "published_clean_split" / "top50_tags.txt").read_text().split()
+    assert [t.replace(" ", "").lower() for t in classes["tags"]] == [t.lower() for t in published] and len(left_out) == 6
+    for split, count in zip(data.SPLITS, (15244, 1529, 4332)):
+        keys = np.load(io.BytesIO(real(f"published_clean_split/{split}_keys.npy.xz")))
+        cells = np.load(io.BytesIO(real(f"published_clean_split/y_{split}_pub.npy.xz")))
+        mine = [i for i in items if i["split"] == split]
+        ours = np.zeros((count, 50))
+        for row, item in zip(ours, mine):
+            row[item["tags"]] = 1
+        assert [i["name"] for i in mine] == [f"{k}.mp3" for k in keys] and np.array_equal(ours, cells)
+    classes, items, _ = labels.mtat(annotations, info, "full")
+    assert Counter(i["split"] for i in items) == {"train": 18706, "valid": 1825, "test": 5329}
+    text = (REAL / "mtat" / "published_full_split" / "output_labels_mtt.txt").read_text()
+    order = [classes["tags"].index(t) for t in json.loads(text.split("=")[1].replace("'", '"'))]
+    by_name = {i["name"]: i for i in items}
+    names = dict(line.split("\t") for line in real("published_full_split/index_mtt.tsv.xz").decode().splitlines())
+    for split, file in (("valid", "val"), ("test", "test")):
+        lines = [line.split("\t") for line in real(f"published_full_split/{file}_gt_mtt.tsv.xz").decode().splitlines()]
+        assert len(lines) == sum(i["split"] == split for i in items)
+        for clip, cells in lines:
+            item = by_name[names[clip]]
+            assert item["split"] == split and np.array_equal(np.isin(order, item["tags"]), np.array(json.loads(cells)) == 1)
+
+
+# -----------------------------------------------------------------------------
+# FMA, GTZAN
+
+def fma_tracks(tracks):
+    """tracks.csv with its three header rows, of (id, split, subset, genre)."""
+    lines = [",album,artist,set,set,track,track", ",comments,bio,split,subset,genre_top,title", "track_id,,,,,,"]
+    return "\r\n".join(lines + [f'{t},0,"a, ""b""\nc",{split},{subset},{genre},x' for t, split, subset, genre in tracks]).encode()
+
+
+def test_fma_from_nested_and_flat_folders_and_zips(tmp_path, capsys):
+    tracks = [(2, "training", "small", "Hip-Hop"), (5, "training", "medium", "Jazz"), (10, "validation", "medium", "Rock"), (140, "test", "medium", "Rock"),
+              (141, "training", "large", "Rock"), (1486, "training", "medium", "Rock"), (100200, "test", "small", "Pop"), (193, "training", "medium", "")]
+    nested, flat, packed = tmp_path / "nested", tmp_path / "flat", tmp_path / "packed"
+    for track, *_ in tracks:
+        name = f"{track:06d}.mp3"
+        sound(nested / "fma_medium" / name[:3] / name, rate=44100, seed=track)
+        (flat / "x").mkdir(parents=True, exist_ok=True)
+        shutil.copy(nested / "fma_medium" / name[:3] / name, flat / "x" / name)
+    packed.mkdir()
+    with zipfile.ZipFile(packed / "fma_medium.zip", "w") as z:
+        for p in sorted(nested.rglob("*.mp3")):
+            z.write(p, p.relative_to(nested))
+    with zipfile.ZipFile(packed / "fma_metadata.zip", "w", zipfile.ZIP_BZIP2) as z:
+        z.writestr("fma_metadata/tracks.csv", fma_tracks(tracks))
+    for root in (nested, flat):
+        (root / "tracks.csv").write_bytes(fma_tracks(tracks))
+    audio = []
+    for root in (nested, flat, packed):
+        assert prepare(tmp_path / root.name / "out", "fma", f"--path={root}") == 0
+        found = index_of(tmp_path / root.name / "out" / "fma")
+        assert [(i["name"], i["split"], found["classes"]["genre"][i["genre"][0]]) for i in found["items"]] == [
+            ("000005.mp3", "train", "Jazz"), ("000010.mp3", "valid", "Rock"), ("000140.mp3", "test", "Rock")]
+        assert {e["name"]: e["expected"] for e in found["left_out"]} == {"000193.mp3": True, "001486.mp3": True}
+        audio.append((tmp_path / root.name / "out" / "fma" / "audio.int16").read_bytes())
+    assert audio[0] == audio[1] == audio[2]
+    assert "medium without small" in capsys.readouterr().out
+    for subset, names in (("medium", 5), ("small", 2)):
+        assert prepare(tmp_path / "out", "fma", f"--path={nested}", f"--subset={subset}", f"--name={subset}") == 0
+        assert len(index_of(tmp_path / "out" / subset)["items"]) == names
+    assert "subset must be one of" in prepare(tmp_path / "out", "fma", f"--path={nested}", "--subset=large")
+    (flat / "tracks.csv").write_text("track_id,genre\n1,Rock\n")
+    assert "three header rows" in prepare(tmp_path / "out", "fma", f"--path={flat}", "--name=x")
+
+
+@needs_real
+def test_fma_has_the_published_tracks():
+    raw = lzma.open(REAL / "fma" / "tracks_medium_derived.csv.xz").read()
+    for subset, genres in (("small", 8), ("medium_minus_small", 16), ("medium", 16)):
+        classes, items, left_out = labels.fma(raw, subset)
+        import csv
+        rows = list(csv.reader(io.StringIO(raw.decode(), newline="")))
+        column = {head: i for i, head in enumerate(zip(*rows[:2]))}
+        chosen = {f"{int(r[0]):06d}.mp3": r for r in rows[3:] if subset == "medium" or r[column["set", "subset"]] == subset.split("_")[0]}
+        assert len(chosen) == len(items) + len(left_out) and len(classes["genre"]) == genres
+        for item in items:
+            row = chosen[item["name"]]
+            assert classes["genre"][item["genre"][0]] == row[column["track", "genre_top"]]
+            assert row[column["set", "split"]].startswith(item["split"])
+        if subset != "small":
+            assert classes["genre"] == labels.FMA_GENRES
+
+
+def test_gtzan_is_the_fault_filtered_split(tmp_path, capsys):
+    classes, items, _ = labels.gtzan()
+    assert Counter(i["split"] for i in items) == {"train": 443, "valid": 197, "test": 290} and len(classes["genre"]) == 10
+    names = {i["name"] for i in items}
+    faulty = next(n for n in (f"{genre}.{k:05d}" for genre in classes["genre"] for k in range(100)) if n not in names)
+    for name, extension in (("blues.00029", "wav"), ("rock.00040", "au"), (faulty, "wav")):
+        sound(tmp_path / "genres" / name.split(".")[0] / f"{name}.{extension}", rate=22050)
+    assert prepare(tmp_path / "out", "gtzan", f"--path={tmp_path}") == 3
+    found = index_of(tmp_path / "out" / "gtzan")
+    assert {i["name"] for i in found["items"]} == {"blues.00029", "rock.00040"}
+    assert "no working official address" in prepare(tmp_path / "out", "gtzan", "--name=x")
+
+
+# -----------------------------------------------------------------------------
+# the user's own
+
+def test_a_folder_per_class(tmp_path, capsys):
+    for genre, count in (("rock", 12), ("jazz", 6)):
+        for k in range(count):
+            sound(tmp_path / "in" / genre / f"album {k % 2}" / f"{k:02d}.flac", seed=k)
+    (tmp_path / "in" / "rock" / "cover.jpg").write_bytes(b"x")
+    (tmp_path / "in" / "jazz" / "album 0" / "broken.mp3").write_bytes(b"x" * 1000)
+    assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}") == 3
+    said = capsys.readouterr().out
+    assert "passed over 1 files" in said and "broken.mp3: not audio" in said
+    found = index_of(tmp_path / "out" / "folder")
+    assert found["classes"] == {"genre": ["jazz", "rock"]} and len(found["items"]) == 18
+    for genre, counts in ((1, (10, 1, 1)), (0, (5, 1, 0))):
+        split = Counter(i["split"] for i in found["items"] if i["genre"] == [genre])
+        assert abs(split["train"] - counts[0]) <= 1 and split["valid"] + split["test"] >= 1
+    sound(tmp_path / "in" / "loose.wav")
+    assert "loose.wav is in no class" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--name=x")
+    assert "no audio files" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'out' / 'folder'}", "--name=x")
+    assert "not a folder" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'nowhere'}", "--name=x")
+
+
+def test_a_csv_with_several_labels_groups_and_its_own_splits(tmp_path, capsys):
+    for k in range(20):
+        sound(tmp_path / "in" / f"{k}.wav", seed=k)
+    lines = [f"{k}.wav;{'calm|warm' if k % 2 else 'loud'};artist {k // 2}" for k in range(20)]
+    (tmp_path / "in" / "own.csv").write_bytes("\r\n".join(["\ufeffpath;label;artist", *lines, ""]).encode())
+    assert prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'in' / 'own.csv'}", "--separator=|") == 0
+    found = index_of(tmp_path / "out" / "folder")
+    assert found["classes"] == {"tags": ["calm", "loud", "warm"]} and found["multilabel"] == ["tags"]
+    splits = {i["name"]: i["split"] for i in found["items"]}
+    assert all(splits[f"{k}.wav"] == splits[f"{k + 1}.wav"] for k in range(0, 20, 2)) and len(set(splits.values())) == 3
+    assert next(i for i in found["items"] if i["name"] == "3.wav")["tags"] == [0, 2]
+    data.Clips(data.Prepared(str(tmp_path / "out" / "folder"), "clips"), "train", "tags")
+
+    lines = [f"{tmp_path}/in/{k}.wav,{'a' if k % 3 else 'b'},{('training', 'val', 'test')[k % 3]}" for k in range(20)]
+    (tmp_path / "own.csv").write_text("\n".join(["path,label,split", *lines, "gone.wav,a,test"]))
+    assert prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'own.csv'}", "--name=genres") == 3
+    found = index_of(tmp_path / "out" / "genres")
+    assert [e["name"] for e in found["left_out"]] == ["gone.wav"]
+    assert all(i["split"] == data.SPLITS[int(Path(i["name"]).stem) % 3] for i in found["items"])
+
+    for text, message in (("path,genre\na,b", "needs the columns path and label"), ("path,label\na.wav", "1 cells instead of 2"),
+                          ("path,label,split\na.wav,x,dev", "split is 'dev'"), ("path,label\na.wav,x\na.wav,y", "names a.wav twice"),
+                          ("path,label\na.wav,", "line 2: no label"), ("", "needs the columns"), ('path,label\na.wav,"x', "line 2")):
+        (tmp_path / "wrong.csv").write_text(text)
+        answer = prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'wrong.csv'}", "--name=x")
+        assert message in answer and "wrong.csv" in answer, answer
+    (tmp_path / "wrong.csv").write_bytes("path,label\nä.wav,x".encode("latin-1"))
+    assert "UTF-8" in prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'wrong.csv'}", "--name=x")
+    assert "no column 'composer'" in prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'own.csv'}", "--group=composer", "--name=x")
+
+
+def test_splits_are_even_seeded_and_keep_groups_together():
+    rng = np.random.default_rng(0)
+    kinds = [sorted(set(rng.integers(0, 8, rng.integers(1, 4)).tolist())) for _ in range(1000)] + [[8]] * 20
+    groups = [f"artist {k}" for k in rng.integers(0, 300, 1020)]
+    splits = labels.split_evenly(kinds, groups, [0.8, 0.1, 0.1], 1)
+    assert len({(g, s) for g, s in zip(groups, splits)}) == len(set(groups))
+    for c in range(9):
+        counts = Counter(s for s, k in zip(splits, kinds) if c in k)
+        for split, share in zip(data.SPLITS, (0.8, 0.1, 0.1)):
+            assert abs(counts[split] / sum(counts.values()) - share) < (0.05 if c < 8 else 0.11), (c, counts)
+    order = rng.permutation(1020)
+    shuffled = labels.split_evenly([kinds[i] for i in order], [groups[i] for i in order], [0.8, 0.1, 0.1], 1)
+    assert shuffled == [splits[i] for i in order] and splits != labels.split_evenly(kinds, groups, [0.8, 0.1, 0.1], 2)
+
+
+# -----------------------------------------------------------------------------
+# songs
+
+def test_any_songs_with_stems(tmp_path, capsys):
+    for k in range(10):
+        for n, stem in enumerate(("drums", "bass", "other", "vocals")):
+            if (k, stem) != (3, "bass"):
+                sound(tmp_path / "in" / f"song {k}" / f"{stem}.wav", 7, 44100, seed=10 * k + n)
+    sound(tmp_path / "in" / "song 0" / "mixture.wav", 7, 44100, seed=99)
+    sound(tmp_path / "in" / "only" / "mixture.wav", 7, 44100)
+    assert prepare(tmp_path / "out", "stems", f"--path={tmp_path / 'in'}") == 0
+    songs = data.Prepared(str(tmp_path / "out" / "stems"), "stems")
+    found = {i["name"]: i for i in songs.index["items"]}
+    assert len(found) == 10 and Counter(i["split"] for i in found.values()) == {"train": 8, "valid": 1, "test": 1}
+    assert songs.index["left_out"] == [{"name": "only", "reason": "has a mixture, but no stems", "expected": True}]
+    assert not songs.read(found["song 3"], "bass").any()
+    for name in ("song 2", "song 3"):
+        np.testing.assert_allclose(songs.read(found[name], "mixture"), sum(songs.read(found[name], t) for t in data.TRACKS[1:]), atol=3 / 32768)
+    assert np.abs(songs.read(found["song 0"], "mixture") - sum(songs.read(found["song 0"], t) for t in data.TRACKS[1:])).max() > 0.1
+
+    (tmp_path / "in" / "train").mkdir()
+    (tmp_path / "in" / "song 1").rename(tmp_path / "in" / "train" / "song 1")
+    assert "some songs lie in train/" in prepare(tmp_path / "out", "stems", f"--path={tmp_path / 'in'}", "--name=x")
+    assert "no song folders" in prepare(tmp_path / "out", "stems", f"--path={tmp_path / 'out'}", "--name=x")
+
+
+MUSDB = [("train", "Actions - One Minute Smile"), ("train", "Some - Song"), ("train", "Other - Song"), ("test", "Test - Song")]
+
+
+def test_musdb_hq_takes_the_packages_validation_songs_and_no_ffmpeg(tmp_path, capsys, monkeypatch):
+    for split, title in MUSDB:
+        for n, track in enumerate(data.TRACKS):
+            sound(tmp_path / "in" / split / title / f"{track}.wav", 7, 44100, seed=n)
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}") == 0
+    found = index_of(tmp_path / "out" / "musdb")
+    assert [(i["split"], i["name"]) for i in found["items"]] == [
+        ("test", "Test - Song"), ("valid", "Actions - One Minute Smile"), ("train", "Other - Song"), ("train", "Some - Song")]
+    assert "2 / 1 / 1 songs of 86 / 14 / 50" in capsys.readouterr().out
+    answer = prepare(tmp_path / "out", "musdb", "--name=x")
+    assert "apt install ffmpeg" in answer and "--hq=True" in answer
+    (tmp_path / "mp4" / "train").mkdir(parents=True)
+    (tmp_path / "mp4" / "train" / "a.stem.mp4").write_bytes(b"x")
+    assert "--hq=True" in prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'mp4'}", "--name=x")
+    assert "no train/*/mixture.wav" in prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'out'}", "--name=x")
+
+
+@needs_ffmpeg
+def test_musdb_stem_files(tmp_path, capsys):
+    for n in range(5):
+        sound(tmp_path / f"{n}.wav", 7, 44100, seed=n)
+    arguments = [a for n in range(5) for a in ("-i", str(tmp_path / f"{n}.wav"))] + [a for n in range(5) for a in ("-map", str(n))]
+    for split, title in MUSDB:
+        (tmp_path / "in" / split).mkdir(parents=True, exist_ok=True)
+        subprocess.run(["ffmpeg", "-v", "error", *arguments, "-c:a", "aac", str(tmp_path / "in" / split / f"{title}.stem.mp4")], check=True)
+    (tmp_path / "in" / "train" / "broken.stem.mp4").write_bytes(b"x" * 1000)
+    assert prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}") == 3
+    found = index_of(tmp_path / "out" / "musdb")
+    assert Counter(i["split"] for i in found["items"]) == {"train": 2, "valid": 1, "test": 1}
+    assert [e["name"] for e in found["left_out"]] == ["broken"] and "audio streams" in found["left_out"][0]["reason"]
+
+
+# -----------------------------------------------------------------------------
+# the same to the last byte, whatever happens
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """60 clips of 20 s, which take seconds to resample, some of them broken; and what an undisturbed run makes of them."""
+    root = tmp_path_factory.mktemp("many")
+    for k in range(60):
+        sound(root / "in" / f"class {k % 3}" / f"{k:02d}.flac", 20, 44100, seed=k)
+    for k in (7, 21, 40):
+        (root / "in" / "class 0" / f"{k:02d}x.mp3").write_bytes(b"x" * k * 100)
+    assert prepare(root / "whole", "folder", f"--path={root / 'in'}") == 3
+    return root
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_number_of_workers_changes_nothing(many, tmp_path, workers):
+    assert prepare(tmp_path, "folder", f"--path={many / 'in'}", f"--workers={workers}") == 3
+    assert files_of(tmp_path / "folder") == files_of(many / "whole" / "folder")
+
+
+def start(out, path, *args, sync=0.0, limit=None):
+    """prepare_data.py folder in a process of its own, which syncs after every file; with a limit to the size of files."""
+    code = (f"import sys, collect, prepare_data, resource\ncollect.SYNC_EVERY = {sync}\n"
+            + (f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else "")
+            + "try: sys.exit(prepare_data.main())\nexcept (ValueError, OSError) as e: sys.exit(f'error: {e}')")
+    command = [sys.executable, "-c", code, "folder", f"--path={path}", f"--out={out}", *args]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def journal_lines(out):
+    path = out / "folder.partial" / "audio.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(many, tmp_path):
+    reached = []
+    for share in (0.1, 0.4, 0.8):
+        process = start(tmp_path, many / "in")
+        while process.poll() is None and journal_lines(tmp_path) < share * 63:
+            time.sleep(0.005)
+        process.kill()
+        process.wait()
+        reached.append(journal_lines(tmp_path))
+        assert not (tmp_path / "folder").exists()
+    assert 0 < reached[0] < reached[1] < reached[2] < 63  # each went on where the one before was
+    with open(tmp_path / "folder.partial" / "audio.jsonl", "a") as f:
+        f.write('{"name": "class 2/5')                    # torn by the kill
+    with open(tmp_path / "folder.partial" / "audio.int16", "ab") as f:
+        f.write(b"not yet in the journal")
+    assert prepare(tmp_path, "folder", f"--path={many / 'in'}") == 3
+    assert files_of(tmp_path / "folder") == files_of(many / "whole" / "folder")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".folder.lock", "folder"]
+
+
+def test_a_full_disk_is_told_and_gone_on_from(many, tmp_path):
+    process = start(tmp_path, many / "in", limit=8_000_000)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and "File too large after" in said and "goes on from there" in said and "Traceback" not in said
+    assert 5 < journal_lines(tmp_path) < 63
+    assert prepare(tmp_path, "folder", f"--path={many / 'in'}") == 3
+    assert files_of(tmp_path / "folder") == files_of(many / "whole" / "folder")
+
+
+def test_a_second_process_and_other_settings_are_refused(many, tmp_path, capsys):
+    process = start(tmp_path, many / "in")
+    while process.poll() is None and journal_lines(tmp_path) < 5:
+        time.sleep(0.005)
+    assert "another process" in prepare(tmp_path, "folder", f"--path={many / 'in'}")
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert "other settings or other files" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--min_seconds=5")
+    assert prepare(tmp_path, "folder", f"--path={many / 'in'}", "--min_seconds=5", "--overwrite=True") == 3
+    assert "min_seconds: 5.0 -> 3.862" in prepare(tmp_path, "folder", f"--path={many / 'in'}")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    assert "not prepared data" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=mine", "--overwrite=True")
+
+
+def test_splits_and_labels_are_listed_and_changed_without_decoding(many, tmp_path, capsys):
+    shutil.copytree(many / "whole" / "folder", tmp_path / "folder")
+    before = (tmp_path / "folder" / "audio.int16").stat().st_mtime_ns
+    capsys.readouterr()
+    assert prepare(tmp_path, "folder") == 3 and "class 1 16 / 2 / 2" in capsys.readouterr().out
+    assert "--relabel=True" in prepare(tmp_path, "folder", "--seed=2")
+    assert prepare(tmp_path, "folder", f"--path={many / 'in'}", "--seed=2", "--relabel=True") == 3
+    new, old = index_of(tmp_path / "folder"), index_of(many / "whole" / "folder")
+    assert [i["offset"] for i in new["items"]] == [i["offset"] for i in old["items"]]
+    assert [i["split"] for i in new["items"]] != [i["split"] for i in old["items"]]
+    assert (tmp_path / "folder" / "audio.int16").stat().st_mtime_ns == before
+    shutil.copytree(many / "in", tmp_path / "in")
+    sound(tmp_path / "in" / "class 0" / "new.wav")
+    assert "have not been decoded, such as class 0/new.wav" in prepare(tmp_path, "folder", f"--path={tmp_path / 'in'}", "--relabel=True")
+
+
+# -----------------------------------------------------------------------------
+# downloads, from a server that does what servers do
+
+class Server(http.server.BaseHTTPRequestHandler):
+    files, mood, seen = {}, {}, []
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        name = self.path.strip("/")
+        mood, start = self.mood.get(name, []), 0
+        now = mood.pop(0) if mood and body else ""
+        self.seen.append((self.command, name, self.headers.get("Range")))
+        if name not in self.files or now == "busy":
+            return self.send_error(503 if now == "busy" else 404)
+        content = self.files[name] if now != "wrong" else bytes(len(self.files[name]))
+        if self.headers.get("Range") and now != "no ranges":
+            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
+            if start >= len(content):
+                return self.send_error(416)
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[start:start + 300_000] if now == "drop" else content[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "PAUSES", (0.01, 0.01))
+    Server.files, Server.mood, Server.seen = {}, {}, []
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_address[1]}/"
+    running.shutdown()
+
+
+def served(server, name, content):
+    Server.files[name] = content
+    return server + name, "sha256:" + hashlib.sha256(content).hexdigest()
+
+
+def test_a_download_survives_what_servers_do(server, tmp_path, capsys):
+    content = np.random.default_rng(0).bytes(1_500_000)
+    source = served(server, "a.bin", content)
+    Server.mood["a.bin"] = ["drop", "busy", "drop", "no ranges"]
+    download.download([source], str(tmp_path))
+    assert (tmp_path / "a.bin").read_bytes() == content and not (tmp_path / "a.bin.part").exists()
+    assert [r for c, _, r in Server.seen if c == "GET"] == [None, "bytes=300000-", "bytes=300000-", "bytes=600000-"]
+    said = capsys.readouterr().out
+    assert "broke off at 0.3 MB" in said and "503" in said
+
+    Server.seen.clear()
+    download.download([source], str(tmp_path))  # it is there, and was checked
+    assert not Server.seen
+    (tmp_path / "a.bin").unlink()
+    (tmp_path / "a.bin.part").write_bytes(content[:1_000_000])  # an earlier process was killed
+    download.download([source], str(tmp_path))
+    assert (tmp_path / "a.bin").read_bytes() == content and ("GET", "a.bin", "bytes=1000000-") in Server.seen
+    (tmp_path / "a.bin").rename(tmp_path / "a.bin.part")        # killed between the last byte and the renaming
+    download.download([source], str(tmp_path))
+    assert (tmp_path / "a.bin").read_bytes() == content
+
+
+def test_wrong_bytes_a_missing_file_a_full_disk_and_a_dead_server(server, tmp_path, monkeypatch):
+    source = served(server, "a.bin", bytes(range(256)) * 4000)
+    Server.mood["a.bin"] = ["wrong"]
+    with pytest.raises(ValueError, match="is not the file that the dataset's authors published"):
+        download.download([source], str(tmp_path))
+    assert not list(tmp_path.iterdir())  # what was wrong is gone: the next attempt starts anew
+    download.download([source], str(tmp_path))
+    (tmp_path / "a.bin").write_bytes(b"the user's own")
+    with pytest.raises(ValueError, match="delete it to download it again"):
+        download.download([source], str(tmp_path))
+    assert (tmp_path / "a.bin").read_bytes() == b"the user's own"
+    with pytest.raises(ValueError, match="is not there any more .404 Not Found"):
+        download.download([(server + "gone.zip", "md5:0")], str(tmp_path))
+    served(server, "b.bin", bytes(100_000))
+    Server.mood["b.bin"] = ["busy"] * 9
+    with pytest.raises(ValueError, match="503 .*2 attempts more brought nothing"):
+        download.download([(server + "b.bin", "md5:0")], str(tmp_path))
+    with pytest.raises(ValueError, match="refused"):
+        download.download([("http://127.0.0.1:9/c.bin", "md5:0")], str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1000))
+    Server.seen.clear()
+    with pytest.raises(ValueError, match="0.00 GB for the download, the disk has 0.00 GB free"):
+        download.download([(server + "b.bin", "md5:0")], str(tmp_path))
+    assert {command for command, *_ in Server.seen} == {"HEAD"}  # looked at before a byte was fetched
+
+
+def test_mtat_downloads_what_is_missing_and_prepares_it(server, tmp_path, monkeypatch, capsys):
+    rows, _ = magnatagatune(tmp_path / "raw", clips=32)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as z:
+        for row in rows:
+            z.write(tmp_path / "raw" / "mp3" / row[-1], row[-1])
+    raw = packed.getvalue()
+    parts = {f"mp3.zip.00{k + 1}": raw[k * len(raw) // 3:(k + 1) * len(raw) // 3] for k in range(3)}
+    csvs = {name: (tmp_path / "raw" / name).read_bytes() for name in ("annotations_final.csv", "clip_info_final.csv")}
+    monkeypatch.setitem(prepare_data.SOURCES, "mtat", [served(server, name, content) for name, content in {**csvs, **parts}.items()])
+    here = tmp_path / "out" / "raw" / "mtat"
+    here.mkdir(parents=True)
+    (here / "mp3.zip.002").write_bytes(parts["mp3.zip.002"])   # an archive that lies there already
+    assert prepare(tmp_path / "out", "mtat") == 0
+    assert not [s for s in Server.seen if s[1] == "mp3.zip.002"] and sum(c == "GET" for c, *_ in Server.seen) == 4
+    assert prepare(tmp_path / "other", "mtat", f"--path={tmp_path / 'raw'}") == 0
+    assert (tmp_path / "out" / "mtat" / "audio.int16").read_bytes() == (tmp_path / "other" / "mtat" / "audio.int16").read_bytes()
+    Server.seen.clear()
+    for part in parts:
+        (here / part).unlink()
+    shutil.copytree(tmp_path / "raw" / "mp3", here / "mp3")    # unpacked by hand: the archives are not needed
+    assert prepare(tmp_path / "out", "mtat", "--overwrite=True") == 0 and not Server.seen
