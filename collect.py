@@ -67,61 +67,73 @@ def write_all(f, data):
         view = view[f.write(view):]
 
 
+def resume(partial, job, names, tracks, overwrite):
+    """The journal of what an earlier process left in `partial`, with its files cut back to what the journal says; empty for a new folder.
+
+    Ends the script if that was begun for another `job` (and not overwrite: then it is begun anew)."""
+    text = json.dumps(job, indent=1, sort_keys=True)
+    if os.path.exists(partial):
+        begun = ""
+        with contextlib.suppress(FileNotFoundError), open(os.path.join(partial, "job.json"), encoding="utf-8") as f:
+            begun = f.read()
+        if begun != text and not overwrite:
+            die(f"{partial} was begun with other settings or other files: --overwrite=True begins anew, --name=NAME writes elsewhere")
+        if begun != text:
+            shutil.rmtree(partial)
+    os.makedirs(partial, exist_ok=True)
+    write_atomically(text, os.path.join(partial, "job.json"))
+    journal = read_journal(partial)
+    sizes = {"audio.int16": 2 * sum(tracks * r["length"] for r in journal if "length" in r),
+             "audio.jsonl": sum(len(json.dumps(r)) + 1 for r in journal)}
+    for file, size in sizes.items():
+        with open(os.path.join(partial, file), "ab") as f:
+            if f.tell() < size or [r["name"] for r in journal] != names[:len(journal)]:
+                die(f"{partial} is damaged: delete it")
+            f.truncate(size)  # what comes after had not been synced
+    return journal
+
+
 def collect(folder, names, make, job, tracks, threads, overwrite):
     """Fills folder.partial with the audio of make(i) -> (info, int16 (tracks, length)) or ({"reason"}, None) for each of `names`, in order.
 
     Goes on with what an earlier process left there, if it had the same `job`. Returns the journal."""
     partial = folder + ".partial"
-    text = json.dumps(job, indent=1, sort_keys=True)
-    if os.path.exists(partial):
-        with contextlib.suppress(FileNotFoundError), open(os.path.join(partial, "job.json"), encoding="utf-8") as f:
-            begun = f.read()
-            if begun != text and not overwrite:
-                die(f"{partial} was begun with other settings or other files: --overwrite=True begins anew, --name=NAME writes elsewhere")
-            if begun != text:
-                shutil.rmtree(partial)
-    os.makedirs(partial, exist_ok=True)
-    write_atomically(text, os.path.join(partial, "job.json"))
-    journal = read_journal(partial)
+    journal = resume(partial, job, names, tracks, overwrite)
+    done, pending, synced = len(journal), [], time.monotonic()
     written = sum(tracks * r["length"] for r in journal if "length" in r)
-    audio_path, journal_path = (os.path.join(partial, n) for n in ("audio.int16", "audio.jsonl"))
-    if [r["name"] for r in journal] != names[:len(journal)] or (written and os.path.getsize(audio_path) < 2 * written):
-        die(f"{partial} is damaged: delete it")
-    for path, size in ((audio_path, 2 * written), (journal_path, sum(len(json.dumps(r)) + 1 for r in journal))):
-        with open(path, "ab") as f:
-            f.truncate(size)  # what had not been synced
     try:
-        with open(audio_path, "ab", buffering=0) as audio, open(journal_path, "ab", buffering=0) as lines:
-            pending, synced = [], time.monotonic()
-
-            def sync():
-                os.fsync(audio.fileno())
-                if hasattr(os, "posix_fadvise"):  # a dataset of 24 GB should not push all else out of memory
-                    os.posix_fadvise(audio.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-                write_all(lines, b"".join(json.dumps(r).encode() + b"\n" for r in pending))
-                os.fsync(lines.fileno())
-                pending.clear()
-
-            with tqdm(total=len(names), initial=len(journal), desc=folder, unit="file" if tracks == 1 else "song", smoothing=0.05) as bar:
-                for name, (info, samples) in zip(names[len(journal):], prefetch(make, range(len(journal), len(names)), threads, ahead=AHEAD[tracks])):
-                    record = {"name": name, **info}
-                    if samples is not None:
-                        record["offset"] = written
-                        write_all(audio, samples)
-                        written += samples.size
-                    journal.append(record)
-                    pending.append(record)
-                    bar.update()
-                    if time.monotonic() - synced > SYNC_EVERY:
-                        sync()
-                        synced = time.monotonic()
-            sync()
+        with (open(os.path.join(partial, "audio.int16"), "ab", buffering=0) as audio,
+              open(os.path.join(partial, "audio.jsonl"), "ab", buffering=0) as lines,
+              tqdm(total=len(names), initial=done, desc=folder, unit="file" if tracks == 1 else "song", smoothing=0.05) as bar):
+            for name, (info, samples) in zip(names[done:], prefetch(make, range(done, len(names)), threads, ahead=AHEAD[tracks])):
+                record = {"name": name, **info}
+                if samples is not None:
+                    record["offset"] = written
+                    write_all(audio, samples)
+                    written += samples.size
+                journal.append(record)
+                pending.append(record)
+                bar.update()
+                if time.monotonic() - synced > SYNC_EVERY:
+                    sync(audio, lines, pending)
+                    synced = time.monotonic()
+            sync(audio, lines, pending)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         die(f"{partial}: {e.strerror} after {len(journal):,} of {len(names):,} files and {2 * written / 1e9:.2f} GB: make room, and the same "
             "command goes on from there")
     return journal
+
+
+def sync(audio, lines, records):
+    """Says what is done only once it is on the disk; empties `records`."""
+    os.fsync(audio.fileno())
+    if hasattr(os, "posix_fadvise"):  # a dataset of 24 GB should not push all else out of memory
+        os.posix_fadvise(audio.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    write_all(lines, b"".join(json.dumps(r).encode() + b"\n" for r in records))
+    os.fsync(lines.fileno())
+    records.clear()
 
 
 def index(folder, target, journal, kind, items, left_out, settings, **more):
@@ -195,7 +207,11 @@ def summarise(folder, seconds=None):
                 print(f"  ... all of them in {os.path.join(folder, 'index.json')}")
     size = os.path.getsize(os.path.join(folder, "audio.int16"))
     print(f"\n{size / 1e9:.2f} GB" + (f", {clock(seconds)}" if seconds is not None else ""))
-    for split in SPLITS:
-        if not any(i["split"] == split for i in items):
+    counts = [sum(i["split"] == split for i in items) for split in SPLITS]
+    whole = found["settings"].get("songs", counts)
+    if counts != whole:
+        print(f"NOT COMPLETE: {' / '.join(map(str, counts))} instead of {' / '.join(map(str, whole))} songs")
+    for split, count in zip(SPLITS, counts):
+        if not count:
             print(f"note: the {split} split is empty")
-    return 3 if unexpected else 0
+    return 3 if unexpected or counts != whole else 0

@@ -289,9 +289,9 @@ def prepare_musdb(folder, settings):
     if any("stream" in t for tracks in songs.values() for t in tracks if isinstance(t, dict)) and not ffmpeg:
         die(no_ffmpeg)
     items = labels.musdb(songs, setup["validation_tracks"])
-    counts = " / ".join(str(sum(i["split"] == s for i in items)) for s in SPLITS)
-    what = f"MUSDB18{'' if mp4 else '-HQ'}, {counts} songs of 86 / 14 / 50"
-    return prepare(folder, "stems", {**settings, "what": what}, items, {s.split("/")[-1]: tracks for s, tracks in songs.items()}, [])
+    whole = {} if download else {"songs": [86, 14, 50]}
+    what = "MUSDB18" + (", previews of 7 seconds" if download else "" if mp4 else "-HQ")
+    return prepare(folder, "stems", {**settings, "what": what, **whole}, items, {s.split("/")[-1]: tracks for s, tracks in songs.items()}, [])
 
 
 def prepare_demo():

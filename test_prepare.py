@@ -8,7 +8,6 @@ import http.server
 import io
 import json
 import lzma
-import os
 import shutil
 import signal
 import subprocess
@@ -348,11 +347,11 @@ def test_musdb_hq_takes_the_packages_validation_songs_and_no_ffmpeg(tmp_path, ca
         for n, track in enumerate(data.TRACKS):
             sound(tmp_path / "in" / split / title / f"{track}.wav", 7, 44100, seed=n)
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}") == 0
+    assert prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}") == 3
     found = index_of(tmp_path / "out" / "musdb")
     assert [(i["split"], i["name"]) for i in found["items"]] == [
         ("test", "Test - Song"), ("valid", "Actions - One Minute Smile"), ("train", "Other - Song"), ("train", "Some - Song")]
-    assert "2 / 1 / 1 songs of 86 / 14 / 50" in capsys.readouterr().out
+    assert "NOT COMPLETE: 2 / 1 / 1 instead of 86 / 14 / 50 songs" in capsys.readouterr().out
     answer = prepare(tmp_path / "out", "musdb", "--name=x")
     assert "apt install ffmpeg" in answer and "--hq=True" in answer
     (tmp_path / "mp4" / "train").mkdir(parents=True)
