@@ -7,7 +7,6 @@ audio.jsonl has one line per item: name, offset, length, silent (seconds without
 so that splits and labels can be changed without decoding again. What it says has reached the disk before it is said.
 """
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -39,11 +38,18 @@ def locked(folder):
 
 
 def read_index(folder):
-    """The index of a complete folder, or None."""
-    if not os.path.exists(os.path.join(folder, "index.json")):
+    """The index of a complete folder, or None. Ends the script if it is not one of ours."""
+    path = os.path.join(folder, "index.json")
+    if not os.path.exists(path):
         return None
-    with open(os.path.join(folder, "index.json"), encoding="utf-8") as f:
-        return json.load(f)
+    with open(path, encoding="utf-8") as f:
+        try:
+            found = json.load(f)
+        except ValueError as e:
+            die(f"{path} is damaged ({e}): move {folder} away, or choose another --name")
+    if not isinstance(found, dict) or not {"kind", "items", "left_out", "settings"} <= found.keys():
+        die(f"{path} was not written by prepare_data.py: move {folder} away, or choose another --name")
+    return found
 
 
 def read_journal(folder):
@@ -76,6 +82,8 @@ def resume(partial, job, names, tracks, overwrite):
         begun = ""
         with contextlib.suppress(FileNotFoundError), open(os.path.join(partial, "job.json"), encoding="utf-8") as f:
             begun = f.read()
+        if '"dataset"' not in begun and any(not name.endswith(".tmp") for name in os.listdir(partial)):
+            die(f"{partial} is there, but was not begun by prepare_data.py: move it away, or choose another --name or --out")
         if begun != text and not overwrite:
             die(f"{partial} was begun with other settings or other files: --overwrite=True begins anew, --name=NAME writes elsewhere")
         if begun != text:
@@ -101,28 +109,22 @@ def collect(folder, names, make, job, tracks, threads, overwrite):
     journal = resume(partial, job, names, tracks, overwrite)
     done, pending, synced = len(journal), [], time.monotonic()
     written = sum(tracks * r["length"] for r in journal if "length" in r)
-    try:
-        with (open(os.path.join(partial, "audio.int16"), "ab", buffering=0) as audio,
-              open(os.path.join(partial, "audio.jsonl"), "ab", buffering=0) as lines,
-              tqdm(total=len(names), initial=done, desc=folder, unit="file" if tracks == 1 else "song", smoothing=0.05) as bar):
-            for name, (info, samples) in zip(names[done:], prefetch(make, range(done, len(names)), threads, ahead=AHEAD[tracks])):
-                record = {"name": name, **info}
-                if samples is not None:
-                    record["offset"] = written
-                    write_all(audio, samples)
-                    written += samples.size
-                journal.append(record)
-                pending.append(record)
-                bar.update()
-                if time.monotonic() - synced > SYNC_EVERY:
-                    sync(audio, lines, pending)
-                    synced = time.monotonic()
-            sync(audio, lines, pending)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        die(f"{partial}: {e.strerror} after {len(journal):,} of {len(names):,} files and {2 * written / 1e9:.2f} GB: make room, and the same "
-            "command goes on from there")
+    with (open(os.path.join(partial, "audio.int16"), "ab", buffering=0) as audio,
+          open(os.path.join(partial, "audio.jsonl"), "ab", buffering=0) as lines,
+          tqdm(total=len(names), initial=done, desc=folder, unit="file" if tracks == 1 else "song", smoothing=0.05) as bar):
+        for name, (info, samples) in zip(names[done:], prefetch(make, range(done, len(names)), threads, ahead=AHEAD[tracks])):
+            record = {"name": name, **info}
+            if samples is not None:
+                record["offset"] = written
+                write_all(audio, samples)
+                written += samples.size
+            journal.append(record)
+            pending.append(record)
+            bar.update()
+            if time.monotonic() - synced > SYNC_EVERY:
+                sync(audio, lines, pending)
+                synced = time.monotonic()
+        sync(audio, lines, pending)
     return journal
 
 
@@ -139,7 +141,7 @@ def sync(audio, lines, records):
 def index(folder, target, journal, kind, items, left_out, settings, **more):
     """Writes target/index.json: the items whose audio is there, in their order, and what was left out and why."""
     done = {r["name"]: r for r in journal}
-    left_out = [{**entry, "expected": True} for entry in left_out]
+    left_out = [{"expected": True, **entry} for entry in left_out]
     left_out += [{"name": i["name"], "reason": done[i["name"]]["reason"], "expected": False} for i in items if "reason" in done[i["name"]]]
     kept = [{**i, "offset": done[i["name"]]["offset"], "length": done[i["name"]]["length"]} for i in items if "reason" not in done[i["name"]]]
     if not kept:
@@ -153,8 +155,12 @@ def index(folder, target, journal, kind, items, left_out, settings, **more):
 
 
 def put_in_place(folder):
-    """Renames folder.partial, which is complete, to folder."""
-    old = folder + ".old"
+    """Renames folder.partial, which is complete, to folder; what was there goes, for which collect() was asked to overwrite."""
+    for name in os.listdir(folder + ".partial"):
+        if name.endswith(".tmp"):  # of a process that was killed while it wrote the index
+            os.remove(os.path.join(folder + ".partial", name))
+    old = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.replaced")
+    refuse_strange_folder(old)
     shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(folder):
         os.rename(folder, old)
@@ -174,6 +180,8 @@ def summarise(folder, seconds=None):
     """Prints what is in a prepared folder, to be compared with what should be; returns the exit status, 3 if a file is missing unexpectedly."""
     found = read_index(folder)
     journal = {r["name"]: r for r in read_journal(folder)}
+    if not {i["name"] for i in found["items"]} <= journal.keys():
+        die(f"{folder} has lost its audio.jsonl: training does without, but only --overwrite=True can list it again")
     items, left_out, stems = found["items"], found["left_out"], found["kind"] == "stems"
     unexpected = [entry for entry in left_out if not entry["expected"]]
     absent = sum(entry["reason"] == "is not there" for entry in unexpected)
@@ -202,7 +210,7 @@ def summarise(folder, seconds=None):
         if entries:
             print(f"\n{title}: {len(entries):,}")
             for entry in entries[:8]:
-                print(f"  {entry['name'].encode('utf-8', 'backslashreplace').decode()}: {entry['reason']}")
+                print(f"  {entry['name']}: {entry['reason']}")
             if len(entries) > 8:
                 print(f"  ... all of them in {os.path.join(folder, 'index.json')}")
     size = os.path.getsize(os.path.join(folder, "audio.int16"))

@@ -185,15 +185,15 @@ def prefetch(make, numbers, workers, pin=False, ahead=2):
         yield from map(job, numbers)
         return
     numbers = iter(numbers)
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            waiting = [pool.submit(job, n) for _, n in zip(range(ahead * workers), numbers)]
-            while waiting:
-                ready = waiting.pop(0).result()
-                waiting.extend(pool.submit(job, n) for _, n in zip(range(1), numbers))
-                yield ready
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        waiting = [pool.submit(job, n) for _, n in zip(range(ahead * workers), numbers)]
+        while waiting:
+            ready = waiting.pop(0).result()
+            waiting.extend(pool.submit(job, n) for _, n in zip(range(1), numbers))
+            yield ready
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # what still runs may hang
 
 
 def write_index(path, kind, items, n_samples, left_out, **more):

@@ -1,7 +1,7 @@
 """
 Audio files to 16 kHz mono int16: whatever can be decoded of them, resampled.
 
-`python decode.py RATE MEMORY` is one of the processes of workers.py: it reads jobs from its standard input and writes what it decoded to
+`python decode.py RATE MEMORY SECONDS` is one of the processes of workers.py: it reads jobs from its standard input and writes what it decoded to
 its standard output. A job is {"name": ..., "tracks": [source, ...], "least": seconds}, several tracks for the stems of a song. A source is
 {"file": path} or {"zip": [paths of the parts], "file": member}, with "stream": k, "of": n for the k-th of n audio streams of an mp4 (by
 ffmpeg); or null for silence, or "sum" for the sum of the other tracks.
@@ -9,10 +9,12 @@ ffmpeg); or null for silence, or "sum" for the sum of the other tracks.
 What libsndfile says about a file is not believed: it ends files where their header says (an mp3 of variable bit rate without a table of
 contents can lose most of its length) and throws away what it decoded before an error.
 """
+import errno
 import functools
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +26,10 @@ import soundfile as sf
 
 BLOCK = 1 << 21                     # samples that are decoded at once, at most
 QUIET = 33                          # int16: a second without a sample above -60 dB of full scale counts as silent
+# errors that say something about the machine: the run ends, and no file is given up for them
+NOT_THE_FILES = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ESTALE}
 SILENT = 3                          # int16: a file without a sample above -81 dB is silence
+LOUD = 100                          # times full scale: beyond, the samples have another scale, and clipping them would make noise of them
 RATES = (1000, 1_000_000)           # Hz: outside, the header is wrong
 MOST_SECONDS = 4 * 3600             # longer files are refused: an int16 track of that length is 0.5 GB
 # Kaiser-windowed sinc with 96 zero crossings on either side: flat to 7.5 kHz, a full-scale tone anywhere above 8 kHz comes out below -95 dB
@@ -81,10 +86,10 @@ def open_source(source):
         return open(source["file"], "rb")
     try:
         return io.BytesIO(open_zip(tuple(source["zip"])).read(source["file"]))
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError) as e:  # damaged, unknown method, encrypted, cut off
+    except MemoryError:
+        raise
+    except Exception as e:  # damaged, cut off, encrypted, of unknown method: zipfile and its decompressors have no common class of error
         raise Broken(f"cannot be taken out of its archive ({e})") from e
-    except Exception as e:  # a damaged stream: zlib.error, lzma.LZMAError and OSError have no common class
-        raise Broken(f"is damaged in its archive ({e})") from e
 
 
 class Sound(sf.SoundFile):
@@ -151,6 +156,25 @@ def decode_blocks(stream, block=None):
     return (pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.float32), *pieces])), sound, error
 
 
+def without_length(raw, format, read, used):
+    """The file with its header's length taken out, or None where that is not known to be safe (ogg: the note says what is lost)."""
+    if format == "MP3":
+        for tag in (b"Xing", b"Info", b"VBRI"):
+            at = raw.find(tag, 0, 65536)
+            raw[at:at + 4] = raw[at:at + 4] if at < 0 else bytes(4)
+        return Overlong(bytes(raw))
+    if format == "FLAC" and raw[:4] == b"fLaC" and used < 0.98 * len(raw):
+        raw[21:26] = bytes([raw[21] & 0xF0, 0, 0, 0, 0])            # 36 bits: unknown
+    elif format == "AU" and raw[:4] == b".snd" and used < 0.98 * len(raw):
+        raw[8:12] = b"\xff" * 4                                     # unknown
+    elif format in ("WAV", "WAVEX") and read == 0 and b"data" in raw:  # a recorder that was not closed; a shorter one may have chunks behind it
+        at = raw.find(b"data") + 4
+        raw[at:at + 4] = b"\xff" * 4
+    else:
+        return None
+    return io.BytesIO(bytes(raw))
+
+
 def read_audio(source):
     """(mono float32 (N,), sample rate, notes) of an audio file: every sample that can be decoded, whatever its header says.
 
@@ -161,18 +185,16 @@ def read_audio(source):
             raise Broken("is empty (0 bytes)")
         wave, sound, error = decode_blocks(stream)
         used = stream.tell()
-        if sound.format == "MP3" and not error and len(wave) >= sound.frames and used < size:
+        if not error and len(wave) >= sound.frames and used < size:  # ended by its header, not by its bytes
             stream.seek(0)
-            raw = bytearray(stream.read())  # ended by its header, not by its bytes: decode it without
-            for tag in (b"Xing", b"Info", b"VBRI"):
-                at = raw.find(tag, 0, 65536)
-                raw[at:at + 4] = raw[at:at + 4] if at < 0 else bytes(4)
-            longer, _, error = decode_blocks(Overlong(bytes(raw)))
-            wave, used = (longer, size) if len(longer) > len(wave) else (wave, used)
+            patched = without_length(bytearray(stream.read()), sound.format, len(wave), used)
+            longer, _, problem = decode_blocks(patched) if patched else ([], None, None)
+            if len(longer) > len(wave):
+                wave, used, error = longer, size, problem
     notes, rate = [], sound.samplerate
     if error:
         notes.append(f"decoding broke off after {len(wave) / rate:.1f} s: {error}")
-    elif used < 0.9 * size - 1024:  # what follows may be a tag
+    elif used < size - max(1024, size // 50):  # what follows may be a tag
         notes.append(f"decoding stopped after {len(wave) / rate:.1f} s, at {used:,} of {size:,} bytes")
     elif len(wave) + rate < sound.frames < 1e12:
         notes.append(f"its header says {sound.frames / rate:.1f} s, it holds {len(wave) / rate:.1f} s")
@@ -198,9 +220,13 @@ def read_stream(source):
             raise Broken(f"has a sample rate of {rate} Hz and {channels} channels")
         done = subprocess.run(["ffmpeg", "-v", "error", "-i", path, "-map", f"0:a:{source['stream']}", "-f", "f32le", "-"], capture_output=True,
                               stdin=subprocess.DEVNULL)
+    said = done.stderr.decode(errors="replace").strip().splitlines()
+    if done.returncode < 0:
+        os.kill(os.getpid(), -done.returncode)  # as if it were our own end: the file is tried again
+    if done.returncode or not done.stdout:
+        raise Broken(f"ffmpeg fails on it: {said[0] if said else 'no samples'}")
     samples = np.frombuffer(done.stdout, "<f4", len(done.stdout) // (4 * channels) * channels)
     wave = mono(samples.reshape(-1, channels))                                           # (N, channels) -> (N,)
-    said = done.stderr.decode(errors="replace").strip().splitlines()
     return wave, rate, [f"ffmpeg: {said[0]}"] if said else []
 
 
@@ -253,13 +279,16 @@ def decode(job, rate):
         if not isinstance(source, dict):
             waves.append(np.zeros(0, np.float32))
             continue
-        wave, its_rate, its_notes = (read_stream if "stream" in source else read_audio)(source)
-        if not np.isfinite(wave).all():
-            raise Broken("has samples that are not numbers")
+        which = f"{os.path.basename(source['file'])}: " if len(job["tracks"]) > 1 else ""
+        try:
+            wave, its_rate, its_notes = (read_stream if "stream" in source else read_audio)(source)
+            peak = np.abs(wave).max(initial=0)
+            if not peak < LOUD:
+                raise Broken("has samples that are not numbers" if np.isnan(wave).any() else f"has samples of {peak:.3g} times full scale")
+        except Broken as e:
+            raise Broken(which + str(e)) from e
         waves.append(resample(wave, its_rate, rate))
-        if len(job["tracks"]) > 1:
-            its_notes = [f"{os.path.basename(source['file'])}: {note}" for note in its_notes]
-        notes.extend(its_notes)
+        notes.extend(which + note for note in its_notes)
     length = max(map(len, waves))
     if length < max(1, job["least"] * rate):
         raise Broken(f"is too short: {length / rate:.2f} s" + "".join(f"; {note}" for note in notes))
@@ -281,15 +310,18 @@ def describe(audio, rate, notes=()):
     return {"length": audio.shape[1], "silent": silent.sum(1).tolist(), "notes": list(notes)}, audio
 
 
-def work(rate, memory):
-    """Reads jobs, one JSON line each; answers with a line of JSON and the samples. Ends with its input."""
+def work(rate, memory, seconds):
+    """Reads jobs, one JSON line each; answers with a line of JSON and the samples. Ends with its input, or if a job takes far too long
+    and nobody stops it."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # whatever a decoder prints must not come between the samples
     if sys.platform == "linux":
         import resource
         resource.setrlimit(resource.RLIMIT_DATA, (memory, memory))
+    alarm = getattr(signal, "alarm", lambda seconds: None)  # Windows has none
     answers.write(b'{"ready": true}\n')
     for line in sys.stdin.buffer:
+        alarm(seconds + 10)
         try:
             info, audio = decode(json.loads(line), rate)
         except Broken as e:
@@ -297,14 +329,16 @@ def work(rate, memory):
         except (MemoryError, RuntimeError) as e:  # torch's out of memory is a RuntimeError
             info, audio = {"reason": f"needs more than {memory >> 20} MB of memory" if "memory" in f"{type(e).__name__} {e}".lower() else repr(e)}, b""
         except OSError as e:
-            info, audio = {"reason": f"cannot be read: {e.strerror or e}"}, b""
+            kind = "fatal" if e.errno in NOT_THE_FILES else "reason"
+            info, audio = {kind: f"cannot be read: {e.strerror or e}" + (f" ({e.filename})" if kind == "fatal" else "")}, b""
         except Exception as e:  # an error of ours or of a library: the file is reported, the others go on
             info, audio = {"reason": f"{type(e).__name__}: {e}"}, b""
         answers.write(json.dumps(info).encode() + b"\n")
         view = memoryview(audio).cast("B")
         while view:
             view = view[answers.write(view):]
+        alarm(0)
 
 
 if __name__ == "__main__":
-    work(int(sys.argv[1]), int(sys.argv[2]))
+    work(*map(int, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """
 Where the datasets come from, and how they get here: each file is resumed where it broke off, and checked before it has its name.
 """
+import errno
 import hashlib
 import http.client
 import os
@@ -44,8 +45,8 @@ def download(sources, folder):
     for (url, _, _), size in zip(missing, sizes):
         print(f"to download: {url}" + (f", {size / 1e9:.2f} GB" if size else ""))
     need_space(folder, sum(filter(None, sizes)) - sum(have(path) for _, _, path in missing))
-    for url, checksum, path in missing:
-        fetch(url, path)
+    for (url, checksum, path), size in zip(missing, sizes):
+        fetch(url, path, size)
         check(path + ".part", checksum, "the same command downloads it again", delete=True)
         os.replace(path + ".part", path)
         remember(path, checksum)
@@ -76,32 +77,30 @@ def size_of(url):
 
 
 def gone(url, e):
-    return ValueError(f"{url} is not there any more ({e.code} {e.reason}): find the file elsewhere and put it into data/raw, or give "
+    return ValueError(f"{url} is not there any more ({e.code} {str(e.reason).splitlines()[0]}): find the file elsewhere and put it into data/raw, or give "
                       "--path=FOLDER where the dataset lies")
 
 
-def fetch(url, path):
-    """url to path.part, going on from what is there. Tries again after a broken connection or a busy server, with growing pauses."""
-    pauses, restarts = list(PAUSES), 0
+def fetch(url, path, size):
+    """url, of `size` bytes if that is known, to path.part, going on from what is there. Tries again after a broken connection, a busy server
+    or an answer that does not fit, with growing pauses."""
+    pauses = list(PAUSES)
     while True:
         before = have(path)
         try:
-            if fetch_rest(url, path):
+            if size and before == size or fetch_rest(url, path, size):
                 return
             problem = "the connection broke off"
         except urllib.error.HTTPError as e:
-            if e.code == 416:  # what is there is as long as the file, or too long
-                if before == size_of(url):
-                    return
-                os.remove(path + ".part")
-                restarts += 1
-                if restarts > 2:
-                    raise ValueError(f"{url}: the server does not go on where the download stood, nor from the start") from e
-                continue
-            if e.code not in (408, 425, 429) and e.code < 500:
+            if e.code not in (408, 416, 425, 429) and e.code < 500:
                 raise gone(url, e) from e
             problem = f"{e.code} {e.reason}"
-        except (urllib.error.URLError, ConnectionError, TimeoutError, http.client.HTTPException) as e:
+            if e.code == 416 and before:  # more is there than the file has
+                os.remove(path + ".part")
+        except (OSError, http.client.HTTPException) as e:
+            if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+                raise ValueError(f"{path}.part cannot be written ({e.strerror}): mend that, and the same command goes on from the "
+                                 f"{have(path) / 1e6:.1f} MB that are there") from e
             problem = str(getattr(e, "reason", e)) or type(e).__name__
         if have(path) > before:
             pauses = list(PAUSES)
@@ -113,15 +112,17 @@ def fetch(url, path):
         time.sleep(pause)
 
 
-def fetch_rest(url, path):
+def fetch_rest(url, path, size):
     """One connection. True if the file is complete, False if it ended early."""
     start = have(path)
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        if start and (answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-")):
+        if start and answer.status == 200:
             start = 0  # a server without ranges sends all of it again
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        elif start and not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise http.client.HTTPException(f"the server sends {answer.headers.get('Content-Range')} instead of what follows byte {start}")
+        length = answer.headers.get("Content-Length", "")
+        total = size or (start + int(length) if length.isdecimal() else None)
         need_space(os.path.dirname(path), (total or start) - start)
         with open(path + ".part", "r+b" if start else "wb") as f, tqdm(
                 desc=os.path.basename(path), initial=start, total=total, unit="B", unit_scale=True, mininterval=1) as bar:
@@ -132,7 +133,7 @@ def fetch_rest(url, path):
                 bar.update(len(block))
             f.flush()
             os.fsync(f.fileno())
-            return total is None or f.tell() == total
+            return total is None or f.tell() >= total
 
 
 def check(path, checksum, hint, delete=False):

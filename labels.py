@@ -6,6 +6,7 @@ are the files that the protocol itself leaves out. A split of None is decided by
 """
 import csv
 import io
+import posixpath
 import re
 
 import numpy as np
@@ -54,14 +55,19 @@ def mtat(annotations, clip_info, protocol):
     clean split's order: tags by count, ties as in the file; clips by name."""
     rows = [row for _, row in table(annotations, "\t")]
     header = rows.pop(0) if rows else []
-    if header[:1] != ["clip_id"] or header[-1:] != ["mp3_path"] or len(header) < 52:
-        raise ValueError("annotations_final.csv must have the columns clip_id, the tags, mp3_path, separated by tabs")
+    if header[:1] != ["clip_id"] or header[-1:] != ["mp3_path"] or len(header) < 52 or not rows:
+        raise ValueError("annotations_final.csv must have clips, and the columns clip_id, the tags, mp3_path, separated by tabs")
+    odd = next((row for row in rows if not re.fullmatch(r"[0-9a-f]/[^/]+\.mp3", row[-1]) or not set(row[1:-1]) <= {"0", "1"}), None)
+    if odd:
+        raise ValueError(f"annotations_final.csv: clip {odd[0]} must have a path like a/name.mp3 and tags of 0 or 1: is the file unedited?")
     cells = np.array([row[1:-1] for row in rows]) == "1"                                 # (clips, tags)
     top = np.argsort(-cells.sum(0), kind="stable")[:50]
     cells = cells[:, top]                                                                # (clips, 50)
     titles = {}
     if clip_info:
         info = [row for _, row in table(clip_info, "\t")]
+        if not info or not {"clip_id", "title", "artist"} <= set(info[0]):
+            raise ValueError("clip_info_final.csv must have the columns clip_id, title and artist, separated by tabs")
         clip_id, title, artist = (info[0].index(column) for column in ("clip_id", "title", "artist"))
         titles = {row[clip_id]: f"{row[artist]} - {row[title]}" for row in info}
     items, left_out = [], []
@@ -92,6 +98,9 @@ def fma(tracks, subset):
     if missing:
         raise ValueError(f"tracks.csv has no {' and no '.join(missing)} in its three header rows: is it FMA's, and unedited?")
     split, its_subset, genre = columns["set", "split"], columns["set", "subset"], columns["track", "genre_top"]
+    odd = next((row for row in rows[3:] if not row[0].isdecimal() or row[its_subset] in FMA_SUBSETS[subset] and row[split] not in SPLIT_NAMES), None)
+    if odd:
+        raise ValueError(f"tracks.csv: track {odd[0]!r} has the split {odd[split]!r}: is the file unedited?")
     chosen = sorted((f"{int(row[0]):06d}", row) for row in rows[3:] if row[its_subset] in FMA_SUBSETS[subset])
     genres = [g for g in FMA_GENRES if any(row[genre] == g for _, row in chosen)]
     items, left_out = [], []
@@ -148,6 +157,7 @@ def from_csv(raw, separator, group):
             raise ValueError(f"line {line}: no {'label' if row['path'] else 'path'}")
         if "split" in row and row["split"].lower() not in SPLIT_NAMES:
             raise ValueError(f"line {line}: split is {row['split']!r} instead of train, valid or test")
+        row["path"] = posixpath.normpath(row["path"])
         items.append({"name": row["path"], "split": SPLIT_NAMES.get(row.get("split", "").lower()), task: labels, "group": row[group] or row["path"]})
     names = [i["name"] for i in items]
     if len(set(names)) < len(names):
@@ -200,16 +210,15 @@ def split_evenly(labels, groups, shares, seed):
 # -----------------------------------------------------------------------------
 # songs with stems
 
-SONG_FILE = re.compile(r"(?:(?P<song>.+)/)(?P<track>mixture|drums|bass|other|vocals)\.[a-z0-9]+", re.IGNORECASE)
 
 
 def songs_of(files):
-    """{song: {track: file}} of folders with files called mixture, drums, bass, other, vocals."""
+    """{song: {track: [files]}} of folders, by the names of the files in them: mixture, drums, bass, other, vocals, or whatever they are."""
     songs = {}
     for name in files:
-        match = SONG_FILE.fullmatch(name)
-        if match:
-            songs.setdefault(match["song"], {})[match["track"].lower()] = name
+        song, _, file = name.rpartition("/")
+        if song:
+            songs.setdefault(song, {}).setdefault(file.rpartition(".")[0].lower(), []).append(name)
     return songs
 
 

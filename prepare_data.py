@@ -13,13 +13,17 @@ Turns datasets into the prepared format that training reads (see data.py).
 Killed or out of disk, the same command goes on where it was. Once complete, it prints the summary again and does nothing else.
 Exit status: 0 all as expected, 1 an error, 3 prepared, but some files were left out unexpectedly (index.json says which and why).
 """
+import errno
+import hashlib
 import importlib.util
 import os
 import re
 import shutil
+import struct
 import sys
 import time
 import zipfile
+from collections import Counter
 
 import numpy as np
 
@@ -72,27 +76,30 @@ def inventory(root, archives=True):
     files, packed, seen = {}, {}, set()
 
     def stop(error):
-        raise error
+        raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it out of --path")
     for base, folders, names in os.walk(root, followlinks=True, onerror=stop):
         if os.path.realpath(base) in seen:
-            folders.clear()  # a link in a circle
+            folders.clear()  # a link to what was seen, or in a circle
             continue
         seen.add(os.path.realpath(base))
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        folders[:] = sorted((f for f in folders if not f.startswith(".") and f != "__MACOSX"),
+                            key=lambda f: (os.path.islink(os.path.join(base, f)), f))
         for file in sorted(names):
             full = os.path.join(base, file)
-            zipped = re.fullmatch(r"(.+\.zip)(\.\d{3})?", full)
-            if zipped:
+            zipped = re.fullmatch(r"(.+\.zip)(\.\d{3})?", full, re.DOTALL)
+            if file.startswith(".") or file.endswith((".part", ".checked")):
+                continue
+            if zipped and archives and os.path.isfile(full):
                 packed.setdefault(zipped[1], []).append(full)
-            elif not file.startswith(".") and not file.endswith((".part", ".checked")):
+            else:
                 files[os.path.relpath(full, root).replace(os.sep, "/")] = {"file": full}
-    for archive, paths in packed.items() if archives else []:
+    for archive, paths in packed.items():
         parts = [archive] if paths == [archive] else [f"{archive}.{k + 1:03d}" for k in range(len(paths))]
         if paths != parts:
             raise ValueError(f"of {archive} there are {', '.join(os.path.basename(p) for p in paths)}: a part is missing, or too many")
         try:
             members = open_zip(tuple(paths)).namelist()
-        except zipfile.BadZipFile as e:
+        except (zipfile.BadZipFile, NotImplementedError, struct.error) as e:
             raise ValueError(f"{', '.join(paths)} is not a complete zip archive ({e}): are all its parts there?") from e
         for member in sorted(members):
             if not member.endswith("/") and not re.search(r"(^|/)(\.|__MACOSX/)", member):
@@ -100,19 +107,20 @@ def inventory(root, archives=True):
     return files
 
 
-def find(raw, sources):
+def find(raw, sources, archives=True):
     """The inventory of --path, or of OUT/raw/RAW after downloading what is missing there."""
     if path and not os.path.isdir(path):
         die(f"path={path} is not a folder")
     if path:
-        return inventory(path)
+        return inventory(path, archives)
     folder = os.path.join(out, "raw", raw)
     there = inventory(folder, archives=False) if os.path.isdir(folder) else {}
 
     def unpacked(url):
         pattern = UNPACKED[re.sub(r"\.\d{3}$", "", url.rsplit("/", 1)[1])]
         return any(re.search(f"(^|/){pattern}$", file) for file in there)
-    fetch_all([(url, checksum) for url, checksum in sources if url.endswith(".csv") or not unpacked(url)], folder)
+    with collect.locked(folder):  # protocols and subsets share their downloads
+        fetch_all([(url, checksum) for url, checksum in sources if url.endswith(".csv") or not unpacked(url)], folder)
     return inventory(folder)
 
 
@@ -127,11 +135,14 @@ def contents(files, file, needed=True):
 
 
 def size_of(source):
-    """In bytes; of a zip's member its checksum as well."""
+    """In bytes, and when it was changed; of a zip's member its checksum instead. None if it is not there: a link to nowhere."""
     if "zip" in source:
         member = open_zip(tuple(source["zip"])).getinfo(source["file"])
         return [member.file_size, member.CRC]
-    return os.path.getsize(source["file"])
+    try:
+        return [os.path.getsize(source["file"]), os.stat(source["file"]).st_mtime_ns]
+    except OSError:
+        return None
 
 
 # -----------------------------------------------------------------------------
@@ -141,7 +152,11 @@ def settings_of(dataset):
     """What the prepared data depends on."""
     keys = {"mtat": ["protocol"], "fma": ["subset"], "musdb": ["hq", "download"], "folder": ["csv", "separator", "group", "shares", "seed"],
             "stems": ["shares", "seed"]}.get(dataset, [])
-    return {"dataset": dataset, "path": os.path.abspath(path) if path else "", "min_seconds": min_seconds, **{k: globals()[k] for k in keys}}
+    settings = {"dataset": dataset, "path": os.path.abspath(path) if path else "", "min_seconds": min_seconds, **{k: globals()[k] for k in keys}}
+    if settings.get("csv"):
+        with open(csv, "rb") as f:
+            settings.update(csv=os.path.abspath(csv), csv_sha256=hashlib.sha256(f.read()).hexdigest())
+    return settings
 
 
 def standing(folder, settings):
@@ -153,7 +168,7 @@ def standing(folder, settings):
             die(f"relabel=True, but there is no {folder} to change")
         return False
     old = found.get("settings", {})
-    changed = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in settings.items() if old.get(k) != v and (k != "path" or v)]
+    changed = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in settings.items() if old.get(k) != v and (k not in ("path", "csv") or v)]
     if changed:
         die(f"{folder} was made with other settings ({'; '.join(changed)}): --relabel=True changes splits and labels without decoding, "
             "--overwrite=True makes it anew, --name=NAME writes elsewhere")
@@ -165,27 +180,34 @@ def prepare(folder, kind, settings, items, sources, left_out, **more):
     """Decodes items (index entries) from sources {name: [source per track]}, and writes their folder. Returns the exit status."""
     began = time.monotonic()
     keep_freed_memory()
+    names = [i["name"] for i in items]
+    if len(set(names)) < len(names):
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        die(f"{len(twice):,} files are listed twice, such as {twice[0]}")
     jobs = [{"name": i["name"], "tracks": sources.get(i["name"]), "least": min_seconds} for i in items]
     if relabel:
         journal = collect.read_journal(folder)
         known, old = {r["name"] for r in journal}, collect.read_index(folder)["settings"]
         fixed = [k for k in ("dataset", "min_seconds") if old.get(k) != settings[k]]
-        unknown = [i["name"] for i in items if i["name"] not in known]
+        unknown = [name for name in names if name not in known]
         if fixed or unknown:
             die(f"{folder} cannot be relabelled: " + (f"its {fixed[0]} is {old.get(fixed[0])!r}" if fixed else
                 f"{len(unknown):,} files have not been decoded, such as {unknown[0]}") + "; --overwrite=True makes it anew")
         collect.index(folder, folder, journal, kind, items, left_out, {**settings, "path": settings["path"] or old["path"]}, **more)
         return collect.summarise(folder)
     for job in jobs:
-        job["sizes"] = [size_of(s) if isinstance(s, dict) else s for s in job["tracks"]] if job["tracks"] else None
+        job["sizes"] = [size_of(s) if isinstance(s, dict) else "" for s in job["tracks"] or []]
+        if None in job["sizes"]:
+            job["tracks"] = None
     count = workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count()))
     pool = Workers(count, SAMPLE_RATE, int(memory * 2 ** 30), timeout)
 
     def make(i):
         return pool.decode(jobs[i]) if jobs[i]["tracks"] else ({"reason": "is not there"}, None)
     try:
-        journal = collect.collect(folder, [i["name"] for i in items], make, {**settings, "files": collect.fingerprint(jobs)},
-                                  len(TRACKS) if kind == "stems" else 1, count, overwrite)
+        decoding = {k: settings[k] for k in ("dataset", "path", "min_seconds")}  # splits and labels may change between a stop and going on
+        journal = collect.collect(folder, names, make, {**decoding, "files": collect.fingerprint(jobs)}, len(TRACKS) if kind == "stems" else 1,
+                                  count, overwrite)
     finally:
         pool.close()
     collect.index(folder, folder + ".partial", journal, kind, items, left_out, settings, **more)
@@ -240,7 +262,7 @@ def prepare_folder(folder, settings):
         return prepare_clips(folder, {**settings, "what": f"clips of {csv}"}, listed, files)
     if not path:
         die("give --path=FOLDER with one folder of audio files per class, or --csv=FILE")
-    every = find("folder", [])
+    every = find("folder", [], archives=False)
     files = {name: source for name, source in every.items() if os.path.splitext(name)[1].lower() in AUDIO}
     if len(files) < len(every):
         print(f"passed over {len(every) - len(files):,} files that are not audio, such as {next(n for n in every if n not in files)}")
@@ -250,23 +272,27 @@ def prepare_folder(folder, settings):
 
 
 def song_sources(files):
-    """{song: [source of each of TRACKS]} of song folders; a stem that is not there is silence, a mixture that is not there the stems' sum."""
-    found = {}
+    """{song: [source of each of TRACKS]} of song folders, and left_out for folders of audio that are none. A stem that is not there is silence,
+    a mixture that is not there the stems' sum."""
+    found, left_out = {}, []
     for song, tracks in sorted(labels.songs_of(n for n in files if os.path.splitext(n)[1].lower() in AUDIO).items()):
-        found[song] = [files[tracks[t]] if t in tracks else "sum" if t == "mixture" else None for t in TRACKS]
-    return found
+        known = [t for t in TRACKS if t in tracks]
+        double = [t for t in known if len(tracks[t]) > 1]
+        if double or not set(known) - {"mixture"}:
+            left_out.append({"name": song, "expected": False, "reason": f"has two files for {double[0]}" if double else
+                             "has a mixture, but no stems" if known else f"has no {', '.join(TRACKS[1:])}"})
+        else:
+            found[song] = [files[tracks[t][0]] if t in tracks else "sum" if t == "mixture" else None for t in TRACKS]
+    return found, left_out
 
 
 def prepare_stems(folder, settings):
     if not path:
         die("give --path=FOLDER with one folder per song, each with vocals.wav, drums.wav, bass.wav, other.wav and, if there is one, mixture.wav")
-    sources = song_sources(find("stems", []))
-    bare = [song for song, tracks in sources.items() if not any(tracks[1:])]
-    if len(bare) == len(sources):
+    sources, left_out = song_sources(find("stems", [], archives=False))
+    if not sources:
         die(f"no song folders with vocals.wav, drums.wav, bass.wav or other.wav under {path}")
-    items = labels.stems([song for song in sources if song not in bare])
-    left_out = [{"name": song, "reason": "has a mixture, but no stems"} for song in bare]
-    return prepare(folder, "stems", {**settings, "what": f"songs of {path}"}, items, sources, left_out)
+    return prepare(folder, "stems", {**settings, "what": f"songs of {path}"}, labels.stems(list(sources)), sources, left_out)
 
 
 def prepare_musdb(folder, settings):
@@ -282,15 +308,20 @@ def prepare_musdb(folder, settings):
     key = "musdb_7s" if download else "musdb_hq" if hq else "musdb"
     files = find(key, [(setup["sample-url"], "size:147209385")] if download else SOURCES[key])
     mp4 = {name.removesuffix(".stem.mp4"): source for name, source in files.items() if name.endswith(".stem.mp4")}
-    songs = song_sources(files) or {song: [{**source, "stream": k, "of": 5} for k in range(5)] for song, source in mp4.items()}
-    songs = {song: tracks for song, tracks in songs.items() if labels.split_of_folder(song)}
+    wav = song_sources({name: source for name, source in files.items() if name.endswith(".wav")})[0]
+    songs = wav or {song: [{**source, "stream": k, "of": 5} for k in range(5)] for song, source in mp4.items()}
+    copies = {}
+    for song in sorted(songs, key=lambda song: "zip" in next(t for t in songs[song] if isinstance(t, dict))):
+        if labels.split_of_folder(song):  # of a song that lies there packed and unpacked, the unpacked one
+            copies.setdefault((labels.split_of_folder(song), song.split("/")[-1]), song)
+    songs = {song: songs[song] for song in sorted(copies.values())}
     if not songs:
         die(f"no train/*/mixture.wav nor train/*.stem.mp4 under {path}: give the folder that holds train and test")
     if any("stream" in t for tracks in songs.values() for t in tracks if isinstance(t, dict)) and not ffmpeg:
         die(no_ffmpeg)
     items = labels.musdb(songs, setup["validation_tracks"])
     whole = {} if download else {"songs": [86, 14, 50]}
-    what = "MUSDB18" + (", previews of 7 seconds" if download else "" if mp4 else "-HQ")
+    what = "MUSDB18" + (", previews of 7 seconds" if download else "-HQ" if wav else "")
     return prepare(folder, "stems", {**settings, "what": what, **whole}, items, {s.split("/")[-1]: tracks for s, tracks in songs.items()}, [])
 
 
@@ -332,13 +363,22 @@ DATASETS = {"demo": prepare_demo, "musdb": prepare_musdb, "mtat": prepare_mtat, 
 
 
 def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name is not a reason to stop
     _, names = configure(globals(), argv, configs=False)
     if len(names) != 1 or names[0] not in DATASETS:
         die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f", not {' '.join(names)}" if names else ""))
-    at_least(0, workers=workers, min_seconds=min_seconds)
+    at_least(0, workers=workers, min_seconds=min_seconds, seed=seed)
     at_least(1, timeout=timeout, memory=memory)
-    if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
+    if len(shares) != 3 or not (min(shares) >= 0 and 0 < sum(shares) < 1e9):
         die(f"shares must be three numbers, of train, valid and test, got {shares}")
+    if memory > 1024 or min_seconds > 3600:
+        die(f"memory is in GB and min_seconds in seconds, got {memory:g} and {min_seconds:g}")
+    if name and (not re.fullmatch(r"\w[\w .-]*", name) or name == "raw" or name.endswith((".partial", ".lock"))):
+        die(f"name={name} must be a plain name, and not raw: the folder is OUT/NAME")
+    if overwrite and relabel:
+        die("relabel=True keeps the audio, overwrite=True decodes it again: give one of the two")
     if names == ["demo"]:
         return prepare_demo()
     folder, settings = os.path.join(out, name or names[0]), settings_of(names[0])
@@ -346,10 +386,17 @@ def main(argv=None):
         return collect.summarise(folder) if standing(folder, settings) else DATASETS[names[0]](folder, settings)
 
 
-if __name__ == "__main__":
+def run():
     try:
         sys.exit(main())
-    except (ValueError, OSError) as e:
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        die(f"{e}" + (f": make room where {out}/ lies, and the same command goes on from here" if full else ""))
+    except ValueError as e:
         die(e)
     except KeyboardInterrupt:
         die("interrupted: the same command goes on from here")
+
+
+if __name__ == "__main__":
+    run()

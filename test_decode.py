@@ -123,6 +123,17 @@ def test_a_flac_of_unknown_length(tmp_path):
     assert len(decode.read_audio({"file": str(tmp_path / "a.flac")})[0]) == 3 * 44100
 
 
+def test_headers_that_say_too_little(tmp_path):
+    wave = 0.3 * np.random.default_rng(0).standard_normal(5 * 44100)
+    for name, at, value in (("a.wav", 40, bytes(4)), ("a.au", 8, (1000).to_bytes(4, "big")), ("a.flac", 21, b"\xf0" + (1000).to_bytes(4, "big"))):
+        sf.write(tmp_path / name, wave, 44100)
+        raw = bytearray((tmp_path / name).read_bytes())
+        raw[at:at + len(value)] = bytes([raw[at] & 0xF0]) + value[1:] if name == "a.flac" else value
+        (tmp_path / name).write_bytes(raw)
+        assert len(sf.read(tmp_path / name)[0]) <= 1000
+        assert len(decode.read_audio({"file": str(tmp_path / name)})[0]) == 5 * 44100, name
+
+
 @pytest.mark.parametrize("extension", ["wav", "flac", "ogg", "aiff", "mp3"])
 def test_of_a_truncated_file_the_beginning_is_read(tmp_path, extension):
     path = tmp_path / f"a.{extension}"
@@ -169,6 +180,8 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
     assert "sample rate" in reason("fast.wav")
     write_wav_header(tmp_path / "slow.wav", 3, 1, 200_000, noise)
     assert "sample rate" in reason("slow.wav")
+    sf.write(tmp_path / "loud.wav", noise.astype(np.float32), RATE, subtype="FLOAT")   # scaled as if it were int16
+    assert "times full scale" in reason("loud.wav")
     write_wav_header(tmp_path / "lies.wav", 16000, 1, 2_000_000_000, noise)   # claims 35 hours, holds 12.5 s: read
     assert decode.decode(clip(tmp_path / "lies.wav"), RATE)[0]["length"] == 200_000
 
@@ -247,6 +260,26 @@ def test_a_decoder_that_asks_for_absurd_memory_is_stopped(tmp_path, pool):
     write_wav_header(tmp_path / "greedy.wav", 4000, 1, 50_000_000, np.random.default_rng(0).integers(-9000, 9000, 50_000_000))  # 3.5 hours
     assert "needs more than 1024 MB of memory" in workers.decode(clip(tmp_path / "greedy.wav"))[0]["reason"]
     assert workers.decode(clip(tmp_path / "good.wav"))[0]["length"] == 5 * RATE
+
+
+def test_what_is_wrong_with_the_machine_ends_the_run_and_is_not_held_against_the_file(tmp_path, pool):
+    with pytest.raises(OSError, match="goes on once this is mended"):  # it was there when the run began
+        pool(1, RATE).decode(clip(tmp_path / "unplugged.wav"))
+
+
+@needs_ffmpeg
+def test_a_killed_ffmpeg_does_not_shorten_a_song(tmp_path, pool, monkeypatch):
+    for k in range(5):
+        sf.write(tmp_path / f"{k}.wav", tone(300, 44100, 7), 44100)
+    inputs = [a for k in range(5) for a in ("-i", str(tmp_path / f"{k}.wav"))] + [a for k in range(5) for a in ("-map", str(k))]
+    subprocess.run(["ffmpeg", "-v", "error", *inputs, "-c:a", "aac", str(tmp_path / "a.stem.mp4")], check=True)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ffmpeg").write_text(f'#!/bin/sh\n{shutil.which("ffmpeg")} "$@" | head -c 600000\nkill -9 $$\n')
+    (tmp_path / "bin" / "ffmpeg").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    job = {"name": "song", "tracks": [{"file": str(tmp_path / "a.stem.mp4"), "stream": k, "of": 5} for k in range(5)], "least": 0}
+    with pytest.raises(OSError, match="killed three times"):
+        pool(1, RATE).decode(job)
 
 
 def test_a_worker_that_cannot_start_is_not_the_fault_of_the_file(pool, monkeypatch):

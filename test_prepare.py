@@ -8,6 +8,7 @@ import http.server
 import io
 import json
 import lzma
+import os
 import shutil
 import signal
 import subprocess
@@ -323,11 +324,18 @@ def test_any_songs_with_stems(tmp_path, capsys):
                 sound(tmp_path / "in" / f"song {k}" / f"{stem}.wav", 7, 44100, seed=10 * k + n)
     sound(tmp_path / "in" / "song 0" / "mixture.wav", 7, 44100, seed=99)
     sound(tmp_path / "in" / "only" / "mixture.wav", 7, 44100)
-    assert prepare(tmp_path / "out", "stems", f"--path={tmp_path / 'in'}") == 0
+    sound(tmp_path / "in" / "typo" / "voice.wav", 7, 44100)
+    sound(tmp_path / "in" / "twice" / "bass.wav", 7, 44100)
+    sound(tmp_path / "in" / "twice" / "bass.flac", 7, 44100)
+    sound(tmp_path / "in" / "broken" / "bass.wav", 7, 44100)
+    (tmp_path / "in" / "broken" / "drums.wav").write_bytes(b"x" * 100)
+    assert prepare(tmp_path / "out", "stems", f"--path={tmp_path / 'in'}") == 3
     songs = data.Prepared(str(tmp_path / "out" / "stems"), "stems")
     found = {i["name"]: i for i in songs.index["items"]}
     assert len(found) == 10 and Counter(i["split"] for i in found.values()) == {"train": 8, "valid": 1, "test": 1}
-    assert songs.index["left_out"] == [{"name": "only", "reason": "has a mixture, but no stems", "expected": True}]
+    assert {e["name"]: e["reason"] for e in songs.index["left_out"]} == {
+        "only": "has a mixture, but no stems", "typo": "has no drums, bass, other, vocals", "twice": "has two files for bass",
+        "broken": "drums.wav: not audio that libsndfile can read"}
     assert not songs.read(found["song 3"], "bass").any()
     for name in ("song 2", "song 3"):
         np.testing.assert_allclose(songs.read(found[name], "mixture"), sum(songs.read(found[name], t) for t in data.TRACKS[1:]), atol=3 / 32768)
@@ -347,6 +355,12 @@ def test_musdb_hq_takes_the_packages_validation_songs_and_no_ffmpeg(tmp_path, ca
         for n, track in enumerate(data.TRACKS):
             sound(tmp_path / "in" / split / title / f"{track}.wav", 7, 44100, seed=n)
     monkeypatch.setenv("PATH", "/nonexistent")
+    with zipfile.ZipFile(tmp_path / "in" / "musdb18hq.zip", "w") as z:  # the same songs once more, still packed
+        for p in sorted((tmp_path / "in").rglob("*.wav")):
+            z.write(p, p.relative_to(tmp_path / "in"))
+    for split in ("train", "test"):
+        (tmp_path / "in" / "musdb18hq").mkdir(exist_ok=True)
+        (tmp_path / "in" / split).rename(tmp_path / "in" / "musdb18hq" / split)
     assert prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}") == 3
     found = index_of(tmp_path / "out" / "musdb")
     assert [(i["split"], i["name"]) for i in found["items"]] == [
@@ -400,7 +414,7 @@ def start(out, path, *args, sync=0.0, limit=None):
     """prepare_data.py folder in a process of its own, which syncs after every file; with a limit to the size of files."""
     code = (f"import sys, collect, prepare_data, resource\ncollect.SYNC_EVERY = {sync}\n"
             + (f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else "")
-            + "try: sys.exit(prepare_data.main())\nexcept (ValueError, OSError) as e: sys.exit(f'error: {e}')")
+            + "prepare_data.run()")
     command = [sys.executable, "-c", code, "folder", f"--path={path}", f"--out={out}", *args]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -433,7 +447,7 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(many, tmp_path):
 def test_a_full_disk_is_told_and_gone_on_from(many, tmp_path):
     process = start(tmp_path, many / "in", limit=8_000_000)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 1 and "File too large after" in said and "goes on from there" in said and "Traceback" not in said
+    assert process.returncode == 1 and "File too large" in said and "goes on from here" in said and "Traceback" not in said
     assert 5 < journal_lines(tmp_path) < 63
     assert prepare(tmp_path, "folder", f"--path={many / 'in'}") == 3
     assert files_of(tmp_path / "folder") == files_of(many / "whole" / "folder")
@@ -449,9 +463,63 @@ def test_a_second_process_and_other_settings_are_refused(many, tmp_path, capsys)
     assert "other settings or other files" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--min_seconds=5")
     assert prepare(tmp_path, "folder", f"--path={many / 'in'}", "--min_seconds=5", "--overwrite=True") == 3
     assert "min_seconds: 5.0 -> 3.862" in prepare(tmp_path, "folder", f"--path={many / 'in'}")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    for name in ("mine", "new.partial", ".newer.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("x")
     assert "not prepared data" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=mine", "--overwrite=True")
+    assert "not begun by prepare_data.py" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=new", "--overwrite=True")
+    assert "not prepared data" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=newer")
+    assert all((tmp_path / name / "thesis.txt").exists() for name in ("mine", "new.partial", ".newer.replaced"))
+
+
+def test_odd_files_among_the_clips_cost_themselves_only(tmp_path, capsys):
+    for genre in "ab":
+        for k in range(4):
+            sound(tmp_path / "in" / genre / f"{k}.wav", seed=k)
+    (tmp_path / "in" / "a" / "gone.wav").symlink_to("nowhere")
+    (tmp_path / "in" / "a" / "circle.wav").symlink_to("circle.wav")
+    (tmp_path / "in" / "a" / "loop").symlink_to("..")
+    (tmp_path / "in" / "a" / "._mp3.zip").write_bytes(b"x")
+    (tmp_path / "in" / "a" / "junk.zip").write_bytes(b"x")
+    os.link(tmp_path / "in" / "a" / "0.wav", tmp_path / "in" / "b" / "-new\nline \udcff.wav")
+    assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}") == 3
+    found = index_of(tmp_path / "out" / "folder")
+    assert len(found["items"]) == 9 and {e["name"]: e["reason"] for e in found["left_out"]} == {
+        "a/gone.wav": "is not there", "a/circle.wav": "is not there"}
+    for wrong in ("seed=-1", "name=../x", "name=raw", "memory=1e999", "shares=1,1", "shares=1e999,1,1", "timeout=0"):
+        assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", f"--{wrong}").startswith("error: ")
+    assert "one of the two" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--relabel=True", "--overwrite=True")
+    (tmp_path / "out" / "folder" / "audio.jsonl").unlink()
+    assert "has lost its audio.jsonl" in prepare(tmp_path / "out", "folder")
+    (tmp_path / "out" / "folder" / "index.json").write_text("[]")
+    assert "was not written by prepare_data.py" in prepare(tmp_path / "out", "folder")
+
+
+@pytest.mark.parametrize("file, change, message", [
+    ("annotations_final.csv", (b'"0/artist', b'"mp3/0/artist'), "must have a path like a/name.mp3"),
+    ("annotations_final.csv", (b'"100"\t"', b'"100"\t"2'), "tags of 0 or 1"), ("annotations_final.csv", (b'"tag 3"\t', b""), "cells instead of 61"),
+    ("annotations_final.csv", (b"-01-0-29", b"-17-0-29"), "listed twice, such as 1/artist-song-17"), ("clip_info_final.csv", (b"title", b"name"), "clip_id, title")])
+def test_an_edited_csv_is_not_misread(tmp_path, file, change, message):
+    magnatagatune(tmp_path / "raw", clips=32)
+    raw = (tmp_path / "raw" / file).read_bytes()
+    assert raw.count(change[0]) >= 1
+    (tmp_path / "raw" / file).write_bytes(raw.replace(*change))
+    answer = prepare(tmp_path / "out", "mtat", f"--path={tmp_path / 'raw'}", "--protocol=full")
+    assert message in str(answer), answer
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that can be waited for in vain")
+def test_ctrl_c_does_not_wait_for_a_hanging_decoder(tmp_path):
+    sound(tmp_path / "in" / "a" / "0.wav")
+    os.mkfifo(tmp_path / "in" / "a" / "1.wav")
+    process = start(tmp_path, tmp_path / "in", "--timeout=60")
+    while process.poll() is None and not journal_lines(tmp_path):
+        time.sleep(0.05)
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - began < 10 and "interrupted: the same command goes on" in said and process.returncode == 1
+    assert subprocess.run(["pgrep", "-f", f"decode.py {RATE} .* 60$"], capture_output=True).returncode == 1  # no orphans
 
 
 def test_splits_and_labels_are_listed_and_changed_without_decoding(many, tmp_path, capsys):
@@ -492,13 +560,14 @@ class Server(http.server.BaseHTTPRequestHandler):
             if start >= len(content):
                 return self.send_error(416)
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            self.send_header("Content-Range", f"bytes {start + (100_000 if now == 'other range' else 0)}-{len(content) - 1}/{len(content)}")
         else:
             self.send_response(200)
-        self.send_header("Content-Length", str(len(content) - start))
+        if now != "no length":
+            self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
         if body:
-            self.wfile.write(content[start:start + 300_000] if now == "drop" else content[start:])
+            self.wfile.write(content[start:start + 300_000] if now in ("drop", "no length") else content[start:])
 
     def log_message(self, *args):
         pass
@@ -565,6 +634,21 @@ def test_wrong_bytes_a_missing_file_a_full_disk_and_a_dead_server(server, tmp_pa
     with pytest.raises(ValueError, match="0.00 GB for the download, the disk has 0.00 GB free"):
         download.download([(server + "b.bin", "md5:0")], str(tmp_path))
     assert {command for command, *_ in Server.seen} == {"HEAD"}  # looked at before a byte was fetched
+
+
+def test_answers_that_do_not_fit_cost_nothing_of_what_is_there(server, tmp_path, capsys):
+    content = np.random.default_rng(0).bytes(900_000)
+    source = served(server, "a.bin", content)
+    (tmp_path / "a.bin.part").write_bytes(content[:300_000])
+    Server.mood["a.bin"] = ["other range", "no length"]
+    download.download([source], str(tmp_path))
+    assert (tmp_path / "a.bin").read_bytes() == content
+    assert [r for c, _, r in Server.seen if c == "GET"] == ["bytes=300000-", "bytes=300000-", "bytes=600000-"]
+    assert "instead of what follows byte 300000" in capsys.readouterr().out
+    (tmp_path / "a.bin").unlink()
+    (tmp_path / "a.bin.part").write_bytes(bytes(2_000_000))   # longer than the file
+    download.download([source], str(tmp_path))
+    assert (tmp_path / "a.bin").read_bytes() == content
 
 
 def test_mtat_downloads_what_is_missing_and_prepares_it(server, tmp_path, monkeypatch, capsys):

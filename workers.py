@@ -53,8 +53,10 @@ class Worker:
             with contextlib.suppress(AttributeError):
                 self.process.kill()
 
-    def stop(self):
-        """Kills and forgets the process; returns its exit status."""
+    def stop(self, late):
+        """Forgets the process, which has ended or is late; returns its exit status."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(0 if late else 5)
         self.kill()
         code = self.process.wait()
         with contextlib.suppress(BrokenPipeError):
@@ -65,7 +67,7 @@ class Worker:
 
     def decode(self, job):
         """(info, int16 (tracks, length)) or ({"reason"}, None)."""
-        for attempt in (1, 2):  # a process can die of something other than its file
+        for attempt in (1, 2, 3):  # a process can die of something other than its file
             if self.closed:
                 raise OSError("stopped")
             if not self.process:
@@ -76,18 +78,24 @@ class Worker:
             except (BrokenPipeError, ValueError):
                 answer = None
             late, self.deadline = time.monotonic() > self.deadline, float("inf")
+            if answer and "fatal" in answer[0]:
+                raise OSError(f"{job['name']} {answer[0]['fatal']}: the same command goes on once this is mended")
             if answer:
                 return answer
-            code = self.stop()
+            code = self.stop(late)
             if late:
                 return {"reason": f"took longer than {self.seconds:g} s to decode: stopped"}, None
-        return {"reason": "crashes the decoder (" + (signal.Signals(-code).name if code < 0 else f"exit status {code}") + ")"}, None
+            if code != -9 and attempt == 2:
+                return {"reason": "crashes the decoder (" + (signal.Signals(-code).name if code < 0 else f"exit status {code}") + ")"}, None
+            time.sleep(attempt if code == -9 else 0)  # SIGKILL, and not from here: the system is out of memory
+        raise OSError(f"decoding {job['name']} was killed three times, mostly a sign of too little memory: take fewer --workers, and the same command "
+                      "goes on from here")
 
     def ask(self, job):
         self.process.stdin.write(json.dumps(job).encode() + b"\n")
         self.process.stdin.flush()
         info = json.loads(self.process.stdout.readline())  # ValueError: it died before its answer
-        if "reason" in info:
+        if "reason" in info or "fatal" in info:
             return info, None
         audio = np.empty((len(job["tracks"]), info["length"]), "<i2")
         if self.process.stdout.readinto(memoryview(audio).cast("B")) < audio.nbytes:
@@ -100,7 +108,7 @@ class Workers:
 
     def __init__(self, count, rate, memory=4 << 30, seconds=120):
         self.count, self.idle = count, queue.SimpleQueue()
-        self.all = [Worker([str(rate), str(memory)], seconds) for _ in range(count)]
+        self.all = [Worker([str(rate), str(memory), str(int(seconds))], seconds) for _ in range(count)]
         for worker in self.all:
             self.idle.put(worker)
         threading.Thread(target=self.watch, daemon=True).start()
