@@ -18,7 +18,7 @@ $(VENV)/.complete: requirements.txt
 	touch $@
 
 test: $(VENV)/.complete
-	$(PY) -m pytest -q test_model.py test_pipeline.py test_decode.py test_prepare.py
+	$(PY) -m pytest -q test_*.py
 
 demo: $(VENV)/.complete
 	$(PY) prepare_data.py demo

@@ -2,7 +2,7 @@
 Tests of the networks and of reading checkpoints, on small things they make themselves; with ../shared beside the project also on the
 released-format checkpoints there. test_pipeline.py tests the rest.
 
-    python -m pytest -q
+    python -m pytest -q test_*.py
 """
 import math
 import os

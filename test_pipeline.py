@@ -1,7 +1,7 @@
 """
 Tests of data, configuration, training and evaluation: the scripts are run as a user runs them, on very small data made on the spot.
 
-    python -m pytest -q
+    python -m pytest -q test_*.py
 """
 import json
 import math

@@ -3,18 +3,11 @@ Tests of prepare_data.py: each dataset from small files made here as its authors
 
     python -m pytest -q test_prepare.py
 """
-import hashlib
-import http.server
 import io
 import json
 import lzma
-import os
 import shutil
-import signal
 import subprocess
-import sys
-import threading
-import time
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -24,7 +17,6 @@ import pytest
 import soundfile as sf
 
 import data
-import download
 import labels
 import prepare_data
 
@@ -53,10 +45,6 @@ def sound(path, seconds=5.0, rate=RATE, seed=0, **options):
 
 def index_of(folder):
     return json.loads((folder / "index.json").read_text())
-
-
-def files_of(folder):
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
 # -----------------------------------------------------------------------------
@@ -168,6 +156,19 @@ def test_mtat_splits_are_the_published_ones_cell_for_cell(tmp_path):
         for clip, cells in lines:
             item = by_name[names[clip]]
             assert item["split"] == split and np.array_equal(np.isin(order, item["tags"]), np.array(json.loads(cells)) == 1)
+
+
+@pytest.mark.parametrize("file, change, message", [
+    ("annotations_final.csv", (b'"0/artist', b'"mp3/0/artist'), "must have a path like a/name.mp3"),
+    ("annotations_final.csv", (b'"100"\t"', b'"100"\t"2'), "tags of 0 or 1"), ("annotations_final.csv", (b'"tag 3"\t', b""), "cells instead of 61"),
+    ("annotations_final.csv", (b"-01-0-29", b"-17-0-29"), "listed twice, such as 1/artist-song-17"), ("clip_info_final.csv", (b"title", b"name"), "clip_id, title")])
+def test_an_edited_csv_is_not_misread(tmp_path, file, change, message):
+    magnatagatune(tmp_path / "raw", clips=32)
+    raw = (tmp_path / "raw" / file).read_bytes()
+    assert raw.count(change[0]) >= 1
+    (tmp_path / "raw" / file).write_bytes(raw.replace(*change))
+    answer = prepare(tmp_path / "out", "mtat", f"--path={tmp_path / 'raw'}", "--protocol=full")
+    assert message in str(answer), answer
 
 
 # -----------------------------------------------------------------------------
@@ -387,289 +388,3 @@ def test_musdb_stem_files(tmp_path, capsys):
     found = index_of(tmp_path / "out" / "musdb")
     assert Counter(i["split"] for i in found["items"]) == {"train": 2, "valid": 1, "test": 1}
     assert [e["name"] for e in found["left_out"]] == ["broken"] and "audio streams" in found["left_out"][0]["reason"]
-
-
-# -----------------------------------------------------------------------------
-# the same to the last byte, whatever happens
-
-@pytest.fixture(scope="module")
-def many(tmp_path_factory):
-    """60 clips of 20 s, which take seconds to resample, some of them broken; and what an undisturbed run makes of them."""
-    root = tmp_path_factory.mktemp("many")
-    for k in range(60):
-        sound(root / "in" / f"class {k % 3}" / f"{k:02d}.flac", 20, 44100, seed=k)
-    for k in (7, 21, 40):
-        (root / "in" / "class 0" / f"{k:02d}x.mp3").write_bytes(b"x" * k * 100)
-    assert prepare(root / "whole", "folder", f"--path={root / 'in'}") == 3
-    return root
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_the_number_of_workers_changes_nothing(many, tmp_path, workers):
-    assert prepare(tmp_path, "folder", f"--path={many / 'in'}", f"--workers={workers}") == 3
-    assert files_of(tmp_path / "folder") == files_of(many / "whole" / "folder")
-
-
-def start(out, path, *args, sync=0.0, limit=None):
-    """prepare_data.py folder in a process of its own, which syncs after every file; with a limit to the size of files."""
-    code = (f"import sys, collect, prepare_data, resource\ncollect.SYNC_EVERY = {sync}\n"
-            + (f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n" if limit else "")
-            + "prepare_data.run()")
-    command = [sys.executable, "-c", code, "folder", f"--path={path}", f"--out={out}", *args]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def journal_lines(out):
-    path = out / "folder.partial" / "audio.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(many, tmp_path):
-    reached = []
-    for share in (0.1, 0.4, 0.8):
-        process = start(tmp_path, many / "in")
-        while process.poll() is None and journal_lines(tmp_path) < share * 63:
-            time.sleep(0.005)
-        process.kill()
-        process.wait()
-        reached.append(journal_lines(tmp_path))
-        assert not (tmp_path / "folder").exists()
-    assert 0 < reached[0] < reached[1] < reached[2] < 63  # each went on where the one before was
-    with open(tmp_path / "folder.partial" / "audio.jsonl", "a") as f:
-        f.write('{"name": "class 2/5')                    # torn by the kill
-    with open(tmp_path / "folder.partial" / "audio.int16", "ab") as f:
-        f.write(b"not yet in the journal")
-    assert prepare(tmp_path, "folder", f"--path={many / 'in'}") == 3
-    assert files_of(tmp_path / "folder") == files_of(many / "whole" / "folder")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".folder.lock", "folder"]
-
-
-def test_a_full_disk_is_told_and_gone_on_from(many, tmp_path):
-    process = start(tmp_path, many / "in", limit=8_000_000)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1 and "File too large" in said and "goes on from here" in said and "Traceback" not in said
-    assert 5 < journal_lines(tmp_path) < 63
-    assert prepare(tmp_path, "folder", f"--path={many / 'in'}") == 3
-    assert files_of(tmp_path / "folder") == files_of(many / "whole" / "folder")
-
-
-def test_a_second_process_and_other_settings_are_refused(many, tmp_path, capsys):
-    process = start(tmp_path, many / "in")
-    while process.poll() is None and journal_lines(tmp_path) < 5:
-        time.sleep(0.005)
-    assert "another process" in prepare(tmp_path, "folder", f"--path={many / 'in'}")
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert "other settings or other files" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--min_seconds=5")
-    assert prepare(tmp_path, "folder", f"--path={many / 'in'}", "--min_seconds=5", "--overwrite=True") == 3
-    assert "min_seconds: 5.0 -> 3.862" in prepare(tmp_path, "folder", f"--path={many / 'in'}")
-    for name in ("mine", "new.partial", ".newer.replaced"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "thesis.txt").write_text("x")
-    assert "not prepared data" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=mine", "--overwrite=True")
-    assert "not begun by prepare_data.py" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=new", "--overwrite=True")
-    assert "not prepared data" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=newer")
-    assert all((tmp_path / name / "thesis.txt").exists() for name in ("mine", "new.partial", ".newer.replaced"))
-
-
-def test_odd_files_among_the_clips_cost_themselves_only(tmp_path, capsys):
-    for genre in "ab":
-        for k in range(4):
-            sound(tmp_path / "in" / genre / f"{k}.wav", seed=k)
-    (tmp_path / "in" / "a" / "gone.wav").symlink_to("nowhere")
-    (tmp_path / "in" / "a" / "circle.wav").symlink_to("circle.wav")
-    (tmp_path / "in" / "a" / "loop").symlink_to("..")
-    (tmp_path / "in" / "a" / "._mp3.zip").write_bytes(b"x")
-    (tmp_path / "in" / "a" / "junk.zip").write_bytes(b"x")
-    os.link(tmp_path / "in" / "a" / "0.wav", tmp_path / "in" / "b" / "-new\nline \udcff.wav")
-    assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}") == 3
-    found = index_of(tmp_path / "out" / "folder")
-    assert len(found["items"]) == 9 and {e["name"]: e["reason"] for e in found["left_out"]} == {
-        "a/gone.wav": "is not there", "a/circle.wav": "is not there"}
-    for wrong in ("seed=-1", "name=../x", "name=raw", "memory=1e999", "shares=1,1", "shares=1e999,1,1", "timeout=0"):
-        assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", f"--{wrong}").startswith("error: ")
-    assert "one of the two" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--relabel=True", "--overwrite=True")
-    (tmp_path / "out" / "folder" / "audio.jsonl").unlink()
-    assert "has lost its audio.jsonl" in prepare(tmp_path / "out", "folder")
-    (tmp_path / "out" / "folder" / "index.json").write_text("[]")
-    assert "was not written by prepare_data.py" in prepare(tmp_path / "out", "folder")
-
-
-@pytest.mark.parametrize("file, change, message", [
-    ("annotations_final.csv", (b'"0/artist', b'"mp3/0/artist'), "must have a path like a/name.mp3"),
-    ("annotations_final.csv", (b'"100"\t"', b'"100"\t"2'), "tags of 0 or 1"), ("annotations_final.csv", (b'"tag 3"\t', b""), "cells instead of 61"),
-    ("annotations_final.csv", (b"-01-0-29", b"-17-0-29"), "listed twice, such as 1/artist-song-17"), ("clip_info_final.csv", (b"title", b"name"), "clip_id, title")])
-def test_an_edited_csv_is_not_misread(tmp_path, file, change, message):
-    magnatagatune(tmp_path / "raw", clips=32)
-    raw = (tmp_path / "raw" / file).read_bytes()
-    assert raw.count(change[0]) >= 1
-    (tmp_path / "raw" / file).write_bytes(raw.replace(*change))
-    answer = prepare(tmp_path / "out", "mtat", f"--path={tmp_path / 'raw'}", "--protocol=full")
-    assert message in str(answer), answer
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that can be waited for in vain")
-def test_ctrl_c_does_not_wait_for_a_hanging_decoder(tmp_path):
-    sound(tmp_path / "in" / "a" / "0.wav")
-    os.mkfifo(tmp_path / "in" / "a" / "1.wav")
-    process = start(tmp_path, tmp_path / "in", "--timeout=60")
-    while process.poll() is None and not journal_lines(tmp_path):
-        time.sleep(0.05)
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert time.monotonic() - began < 10 and "interrupted: the same command goes on" in said and process.returncode == 1
-    assert subprocess.run(["pgrep", "-f", f"decode.py {RATE} .* 60$"], capture_output=True).returncode == 1  # no orphans
-
-
-def test_splits_and_labels_are_listed_and_changed_without_decoding(many, tmp_path, capsys):
-    shutil.copytree(many / "whole" / "folder", tmp_path / "folder")
-    before = (tmp_path / "folder" / "audio.int16").stat().st_mtime_ns
-    capsys.readouterr()
-    assert prepare(tmp_path, "folder") == 3 and "class 1 16 / 2 / 2" in capsys.readouterr().out
-    assert "--relabel=True" in prepare(tmp_path, "folder", "--seed=2")
-    assert prepare(tmp_path, "folder", f"--path={many / 'in'}", "--seed=2", "--relabel=True") == 3
-    new, old = index_of(tmp_path / "folder"), index_of(many / "whole" / "folder")
-    assert [i["offset"] for i in new["items"]] == [i["offset"] for i in old["items"]]
-    assert [i["split"] for i in new["items"]] != [i["split"] for i in old["items"]]
-    assert (tmp_path / "folder" / "audio.int16").stat().st_mtime_ns == before
-    shutil.copytree(many / "in", tmp_path / "in")
-    sound(tmp_path / "in" / "class 0" / "new.wav")
-    assert "have not been decoded, such as class 0/new.wav" in prepare(tmp_path, "folder", f"--path={tmp_path / 'in'}", "--relabel=True")
-
-
-# -----------------------------------------------------------------------------
-# downloads, from a server that does what servers do
-
-class Server(http.server.BaseHTTPRequestHandler):
-    files, mood, seen = {}, {}, []
-
-    def do_HEAD(self):
-        self.do_GET(body=False)
-
-    def do_GET(self, body=True):
-        name = self.path.strip("/")
-        mood, start = self.mood.get(name, []), 0
-        now = mood.pop(0) if mood and body else ""
-        self.seen.append((self.command, name, self.headers.get("Range")))
-        if name not in self.files or now == "busy":
-            return self.send_error(503 if now == "busy" else 404)
-        content = self.files[name] if now != "wrong" else bytes(len(self.files[name]))
-        if self.headers.get("Range") and now != "no ranges":
-            start = int(self.headers["Range"].removeprefix("bytes=").split("-")[0])
-            if start >= len(content):
-                return self.send_error(416)
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start + (100_000 if now == 'other range' else 0)}-{len(content) - 1}/{len(content)}")
-        else:
-            self.send_response(200)
-        if now != "no length":
-            self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        if body:
-            self.wfile.write(content[start:start + 300_000] if now in ("drop", "no length") else content[start:])
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setattr(download, "PAUSES", (0.01, 0.01))
-    Server.files, Server.mood, Server.seen = {}, {}, []
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{running.server_address[1]}/"
-    running.shutdown()
-
-
-def served(server, name, content):
-    Server.files[name] = content
-    return server + name, "sha256:" + hashlib.sha256(content).hexdigest()
-
-
-def test_a_download_survives_what_servers_do(server, tmp_path, capsys):
-    content = np.random.default_rng(0).bytes(1_500_000)
-    source = served(server, "a.bin", content)
-    Server.mood["a.bin"] = ["drop", "busy", "drop", "no ranges"]
-    download.download([source], str(tmp_path))
-    assert (tmp_path / "a.bin").read_bytes() == content and not (tmp_path / "a.bin.part").exists()
-    assert [r for c, _, r in Server.seen if c == "GET"] == [None, "bytes=300000-", "bytes=300000-", "bytes=600000-"]
-    said = capsys.readouterr().out
-    assert "broke off at 0.3 MB" in said and "503" in said
-
-    Server.seen.clear()
-    download.download([source], str(tmp_path))  # it is there, and was checked
-    assert not Server.seen
-    (tmp_path / "a.bin").unlink()
-    (tmp_path / "a.bin.part").write_bytes(content[:1_000_000])  # an earlier process was killed
-    download.download([source], str(tmp_path))
-    assert (tmp_path / "a.bin").read_bytes() == content and ("GET", "a.bin", "bytes=1000000-") in Server.seen
-    (tmp_path / "a.bin").rename(tmp_path / "a.bin.part")        # killed between the last byte and the renaming
-    download.download([source], str(tmp_path))
-    assert (tmp_path / "a.bin").read_bytes() == content
-
-
-def test_wrong_bytes_a_missing_file_a_full_disk_and_a_dead_server(server, tmp_path, monkeypatch):
-    source = served(server, "a.bin", bytes(range(256)) * 4000)
-    Server.mood["a.bin"] = ["wrong"]
-    with pytest.raises(ValueError, match="is not the file that the dataset's authors published"):
-        download.download([source], str(tmp_path))
-    assert not list(tmp_path.iterdir())  # what was wrong is gone: the next attempt starts anew
-    download.download([source], str(tmp_path))
-    (tmp_path / "a.bin").write_bytes(b"the user's own")
-    with pytest.raises(ValueError, match="delete it to download it again"):
-        download.download([source], str(tmp_path))
-    assert (tmp_path / "a.bin").read_bytes() == b"the user's own"
-    with pytest.raises(ValueError, match="is not there any more .404 Not Found"):
-        download.download([(server + "gone.zip", "md5:0")], str(tmp_path))
-    served(server, "b.bin", bytes(100_000))
-    Server.mood["b.bin"] = ["busy"] * 9
-    with pytest.raises(ValueError, match="503 .*2 attempts more brought nothing"):
-        download.download([(server + "b.bin", "md5:0")], str(tmp_path))
-    with pytest.raises(ValueError, match="refused"):
-        download.download([("http://127.0.0.1:9/c.bin", "md5:0")], str(tmp_path))
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10, 9, 1000))
-    Server.seen.clear()
-    with pytest.raises(ValueError, match="0.00 GB for the download, the disk has 0.00 GB free"):
-        download.download([(server + "b.bin", "md5:0")], str(tmp_path))
-    assert {command for command, *_ in Server.seen} == {"HEAD"}  # looked at before a byte was fetched
-
-
-def test_answers_that_do_not_fit_cost_nothing_of_what_is_there(server, tmp_path, capsys):
-    content = np.random.default_rng(0).bytes(900_000)
-    source = served(server, "a.bin", content)
-    (tmp_path / "a.bin.part").write_bytes(content[:300_000])
-    Server.mood["a.bin"] = ["other range", "no length"]
-    download.download([source], str(tmp_path))
-    assert (tmp_path / "a.bin").read_bytes() == content
-    assert [r for c, _, r in Server.seen if c == "GET"] == ["bytes=300000-", "bytes=300000-", "bytes=600000-"]
-    assert "instead of what follows byte 300000" in capsys.readouterr().out
-    (tmp_path / "a.bin").unlink()
-    (tmp_path / "a.bin.part").write_bytes(bytes(2_000_000))   # longer than the file
-    download.download([source], str(tmp_path))
-    assert (tmp_path / "a.bin").read_bytes() == content
-
-
-def test_mtat_downloads_what_is_missing_and_prepares_it(server, tmp_path, monkeypatch, capsys):
-    rows, _ = magnatagatune(tmp_path / "raw", clips=32)
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as z:
-        for row in rows:
-            z.write(tmp_path / "raw" / "mp3" / row[-1], row[-1])
-    raw = packed.getvalue()
-    parts = {f"mp3.zip.00{k + 1}": raw[k * len(raw) // 3:(k + 1) * len(raw) // 3] for k in range(3)}
-    csvs = {name: (tmp_path / "raw" / name).read_bytes() for name in ("annotations_final.csv", "clip_info_final.csv")}
-    monkeypatch.setitem(prepare_data.SOURCES, "mtat", [served(server, name, content) for name, content in {**csvs, **parts}.items()])
-    here = tmp_path / "out" / "raw" / "mtat"
-    here.mkdir(parents=True)
-    (here / "mp3.zip.002").write_bytes(parts["mp3.zip.002"])   # an archive that lies there already
-    assert prepare(tmp_path / "out", "mtat") == 0
-    assert not [s for s in Server.seen if s[1] == "mp3.zip.002"] and sum(c == "GET" for c, *_ in Server.seen) == 4
-    assert prepare(tmp_path / "other", "mtat", f"--path={tmp_path / 'raw'}") == 0
-    assert (tmp_path / "out" / "mtat" / "audio.int16").read_bytes() == (tmp_path / "other" / "mtat" / "audio.int16").read_bytes()
-    Server.seen.clear()
-    for part in parts:
-        (here / part).unlink()
-    shutil.copytree(tmp_path / "raw" / "mp3", here / "mp3")    # unpacked by hand: the archives are not needed
-    assert prepare(tmp_path / "out", "mtat", "--overwrite=True") == 0 and not Server.seen
