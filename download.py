@@ -1,16 +1,23 @@
 """
-Where the datasets come from, and how they get here: each file is resumed where it broke off, and checked before it has its name.
+Where the datasets come from, how they get here, and what lies in a folder.
+
+Downloads are resumed where they broke off, and checked before they have their name. Archives are read as they are.
 """
 import errno
 import hashlib
 import http.client
 import os
+import re
 import shutil
+import struct
 import time
 import urllib.error
 import urllib.request
+import zipfile
 
 from tqdm import tqdm
+
+from decode import open_source, open_zip
 
 MTAT = "https://mirg.city.ac.uk/datasets/magnatagatune/"
 FMA = "https://os.unil.cloud.switch.ch/fma/"
@@ -29,8 +36,23 @@ SOURCES = {
     "musdb_hq": [("https://zenodo.org/record/3338373/files/musdb18hq.zip",
                   "sha256:baac80d0483c61d74b2e5f3be75fa557eec52898339e6aa45c1fa48833c5d21d")],
 }
+# what makes a download unnecessary where it lies unpacked
+UNPACKED = {"mp3.zip": r"[0-9a-f]/[^/]+\.mp3",
+            "fma_metadata.zip": r"tracks\.csv", "fma_small.zip": r"fma_small/.*\d{6}\.mp3", "fma_medium.zip": r"fma_medium/.*\d{6}\.mp3",
+            "musdb18.zip": r"[^/]+\.stem\.mp4", "musdb18hq.zip": r"mixture\.wav", "MUSDB18-7-STEMS.zip": r"[^/]+\.stem\.mp4"}
 PAUSES = (1, 2, 5, 15, 30, 60)      # seconds between attempts that bring nothing; each that brings something starts over
+HEADERS = {"User-Agent": "prepare_data.py"}     # some servers refuse the one that Python gives itself
 TIMEOUT = 60                        # seconds without a byte
+
+
+def fetch_missing(sources, folder):
+    """Downloads what `folder` lacks, packed or unpacked."""
+    there = inventory(folder, archives=False) if os.path.isdir(folder) else {}
+
+    def unpacked(url):
+        pattern = UNPACKED[re.sub(r"\.\d{3}$", "", url.rsplit("/", 1)[1])]
+        return any(re.search(f"(^|/){pattern}$", file) for file in there)
+    download([(url, checksum) for url, checksum in sources if url.endswith(".csv") or not unpacked(url)], folder)
 
 
 def download(sources, folder):
@@ -41,7 +63,7 @@ def download(sources, folder):
         if os.path.exists(path):
             check(path, checksum, f"delete it to download it again from {url}")
     missing = [(url, checksum, path) for url, checksum, path in wanted if not os.path.exists(path)]
-    sizes = [size_of(url) for url, _, _ in missing]
+    sizes = [length_of(url) for url, _, _ in missing]
     for (url, _, _), size in zip(missing, sizes):
         print(f"to download: {url}" + (f", {size / 1e9:.2f} GB" if size else ""))
     need_space(folder, sum(filter(None, sizes)) - sum(have(path) for _, _, path in missing))
@@ -63,13 +85,13 @@ def need_space(folder, size):
                          "free some space, or link data/raw to a larger disk")
 
 
-def size_of(url):
+def length_of(url):
     """Bytes of what is at the address, or None if the server does not tell without sending it."""
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD", headers=HEADERS), timeout=TIMEOUT) as answer:
             return int(answer.headers["Content-Length"])
     except urllib.error.HTTPError as e:
-        if e.code in (403, 404, 410):
+        if e.code in (404, 410):
             raise gone(url, e) from e
         return None
     except (OSError, TypeError, ValueError, http.client.HTTPException):
@@ -115,7 +137,7 @@ def fetch(url, path, size):
 def fetch_rest(url, path, size):
     """One connection. True if the file is complete, False if it ended early."""
     start = have(path)
-    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    request = urllib.request.Request(url, headers={**HEADERS, **({"Range": f"bytes={start}-"} if start else {})})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
         if start and answer.status == 200:
             start = 0  # a server without ranges sends all of it again
@@ -174,3 +196,63 @@ def read_note(path):
 def remember(path, checksum):
     with open(path + ".checked", "w", encoding="utf-8") as f:
         f.write(note_of(path, checksum))
+
+
+# -----------------------------------------------------------------------------
+# what lies in a folder
+
+def inventory(root, archives=True):
+    """{relative name: source} of the files under a folder, in order, and of those inside its zip archives; unpacked ones come first."""
+    files, packed, seen = {}, {}, set()
+
+    def stop(error):
+        raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it out of --path")
+    for base, folders, names in os.walk(root, followlinks=True, onerror=stop):
+        if os.path.realpath(base) in seen:
+            folders.clear()  # a link to what was seen, or in a circle
+            continue
+        seen.add(os.path.realpath(base))
+        folders[:] = sorted((f for f in folders if not f.startswith(".") and f != "__MACOSX"),
+                            key=lambda f: (os.path.islink(os.path.join(base, f)), f))
+        for file in sorted(names):
+            full = os.path.join(base, file)
+            zipped = re.fullmatch(r"(.+\.zip)(\.\d{3})?", full, re.DOTALL)
+            if file.startswith(".") or file.endswith((".part", ".checked")):
+                continue
+            if zipped and archives and os.path.isfile(full):
+                packed.setdefault(zipped[1], []).append(full)
+            else:
+                files[os.path.relpath(full, root).replace(os.sep, "/")] = {"file": full}
+    for archive, paths in packed.items():
+        parts = [archive] if paths == [archive] else [f"{archive}.{k + 1:03d}" for k in range(len(paths))]
+        if paths != parts:
+            raise ValueError(f"of {archive} there are {', '.join(os.path.basename(p) for p in paths)}: a part is missing, or too many")
+        try:
+            members = open_zip(tuple(paths)).namelist()
+        except (zipfile.BadZipFile, NotImplementedError, struct.error) as e:
+            raise ValueError(f"{', '.join(paths)} is not a complete zip archive ({e}): are all its parts there?") from e
+        for member in sorted(members):
+            if not member.endswith("/") and not re.search(r"(^|/)(\.|__MACOSX/)", member):
+                files.setdefault(member, {"zip": paths, "file": member})
+    return files
+
+
+def contents(files, file, needed=True):
+    """The bytes of a file by its last name, wherever it lies; None, or a ValueError if it is needed, where it is not."""
+    for name in files:
+        if name.split("/")[-1] == file:
+            with open_source(files[name]) as f:
+                return f.read()
+    if needed:
+        raise ValueError(f"no {file} there: --path must be the folder in which the dataset lies with its tables")
+
+
+def size_of(source):
+    """In bytes, and when it was changed; of a zip's member its checksum instead. None if it is not there: a link to nowhere."""
+    if "zip" in source:
+        member = open_zip(tuple(source["zip"])).getinfo(source["file"])
+        return [member.file_size, member.CRC]
+    try:
+        return [os.path.getsize(source["file"]), os.stat(source["file"]).st_mtime_ns]
+    except OSError:
+        return None

@@ -19,10 +19,8 @@ import importlib.util
 import os
 import re
 import shutil
-import struct
 import sys
 import time
-import zipfile
 from collections import Counter
 
 import numpy as np
@@ -31,8 +29,8 @@ import collect
 import labels
 import synth
 from data import SPLITS, TRACKS
-from decode import describe, open_source, open_zip, to_int16
-from download import SOURCES, download as fetch_all
+from decode import describe, to_int16
+from download import SOURCES, contents, fetch_missing, inventory, size_of
 from model import SAMPLE_RATE
 from runtime import at_least, choose, configure, die, keep_freed_memory
 from workers import Workers
@@ -62,49 +60,6 @@ clip_seconds = 6            # demo: length of each
 
 AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".m4a",
          ".mp4", ".aac", ".wma"}    # those libsndfile cannot read are reported, not passed over
-# what makes a download unnecessary where it lies unpacked
-UNPACKED = {"mp3.zip": r"[0-9a-f]/[^/]+\.mp3",
-            "fma_metadata.zip": r"tracks\.csv", "fma_small.zip": r"fma_small/.*\d{6}\.mp3", "fma_medium.zip": r"fma_medium/.*\d{6}\.mp3",
-            "musdb18.zip": r"[^/]+\.stem\.mp4", "musdb18hq.zip": r"mixture\.wav", "MUSDB18-7-STEMS.zip": r"[^/]+\.stem\.mp4"}
-
-
-# -----------------------------------------------------------------------------
-# where the files are
-
-def inventory(root, archives=True):
-    """{relative name: source} of the files under a folder, in order, and of those inside its zip archives; unpacked ones come first."""
-    files, packed, seen = {}, {}, set()
-
-    def stop(error):
-        raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it out of --path")
-    for base, folders, names in os.walk(root, followlinks=True, onerror=stop):
-        if os.path.realpath(base) in seen:
-            folders.clear()  # a link to what was seen, or in a circle
-            continue
-        seen.add(os.path.realpath(base))
-        folders[:] = sorted((f for f in folders if not f.startswith(".") and f != "__MACOSX"),
-                            key=lambda f: (os.path.islink(os.path.join(base, f)), f))
-        for file in sorted(names):
-            full = os.path.join(base, file)
-            zipped = re.fullmatch(r"(.+\.zip)(\.\d{3})?", full, re.DOTALL)
-            if file.startswith(".") or file.endswith((".part", ".checked")):
-                continue
-            if zipped and archives and os.path.isfile(full):
-                packed.setdefault(zipped[1], []).append(full)
-            else:
-                files[os.path.relpath(full, root).replace(os.sep, "/")] = {"file": full}
-    for archive, paths in packed.items():
-        parts = [archive] if paths == [archive] else [f"{archive}.{k + 1:03d}" for k in range(len(paths))]
-        if paths != parts:
-            raise ValueError(f"of {archive} there are {', '.join(os.path.basename(p) for p in paths)}: a part is missing, or too many")
-        try:
-            members = open_zip(tuple(paths)).namelist()
-        except (zipfile.BadZipFile, NotImplementedError, struct.error) as e:
-            raise ValueError(f"{', '.join(paths)} is not a complete zip archive ({e}): are all its parts there?") from e
-        for member in sorted(members):
-            if not member.endswith("/") and not re.search(r"(^|/)(\.|__MACOSX/)", member):
-                files.setdefault(member, {"zip": paths, "file": member})
-    return files
 
 
 def find(raw, sources, archives=True):
@@ -114,35 +69,9 @@ def find(raw, sources, archives=True):
     if path:
         return inventory(path, archives)
     folder = os.path.join(out, "raw", raw)
-    there = inventory(folder, archives=False) if os.path.isdir(folder) else {}
-
-    def unpacked(url):
-        pattern = UNPACKED[re.sub(r"\.\d{3}$", "", url.rsplit("/", 1)[1])]
-        return any(re.search(f"(^|/){pattern}$", file) for file in there)
     with collect.locked(folder):  # protocols and subsets share their downloads
-        fetch_all([(url, checksum) for url, checksum in sources if url.endswith(".csv") or not unpacked(url)], folder)
+        fetch_missing(sources, folder)
     return inventory(folder)
-
-
-def contents(files, file, needed=True):
-    """The bytes of a file by its last name, wherever it lies."""
-    for name in files:
-        if name.split("/")[-1] == file:
-            with open_source(files[name]) as f:
-                return f.read()
-    if needed:
-        die(f"no {file} under {path}")
-
-
-def size_of(source):
-    """In bytes, and when it was changed; of a zip's member its checksum instead. None if it is not there: a link to nowhere."""
-    if "zip" in source:
-        member = open_zip(tuple(source["zip"])).getinfo(source["file"])
-        return [member.file_size, member.CRC]
-    try:
-        return [os.path.getsize(source["file"]), os.stat(source["file"]).st_mtime_ns]
-    except OSError:
-        return None
 
 
 # -----------------------------------------------------------------------------
@@ -316,7 +245,7 @@ def prepare_musdb(folder, settings):
             copies.setdefault((labels.split_of_folder(song), song.split("/")[-1]), song)
     songs = {song: songs[song] for song in sorted(copies.values())}
     if not songs:
-        die(f"no train/*/mixture.wav nor train/*.stem.mp4 under {path}: give the folder that holds train and test")
+        die(f"no train/*/mixture.wav nor train/*.stem.mp4 under {path or os.path.join(out, 'raw', key)}: --path must be the folder that holds train and test")
     if any("stream" in t for tracks in songs.values() for t in tracks if isinstance(t, dict)) and not ffmpeg:
         die(no_ffmpeg)
     items = labels.musdb(songs, setup["validation_tracks"])

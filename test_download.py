@@ -150,3 +150,15 @@ def test_mtat_downloads_what_is_missing_and_prepares_it(server, tmp_path, monkey
         (here / part).unlink()
     shutil.copytree(tmp_path / "raw" / "mp3", here / "mp3")    # unpacked by hand: the archives are not needed
     assert prepare(tmp_path / "out", "mtat", "--overwrite=True") == 0 and not Server.seen
+
+
+@pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="ffmpeg is not installed")
+def test_the_previews_are_the_musdb_packages(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(prepare_data, "fetch_missing", lambda sources, folder: asked.extend(sources))
+    (tmp_path / "raw" / "musdb_7s").mkdir(parents=True)
+    assert "no train/" in prepare(tmp_path, "musdb", "--download=True")
+    assert len(asked) == 1 and asked[0][0].startswith("https://") and asked[0][0].endswith("/MUSDB18-7-STEMS.zip")
+    (tmp_path / "raw" / "musdb_7s" / "MUSDB18-7-STEMS.zip").write_bytes(b"not all of it")
+    with pytest.raises(ValueError, match="size 13, not 147209385.*delete it"):
+        download.fetch_missing(asked, str(tmp_path / "raw" / "musdb_7s"))
