@@ -201,6 +201,14 @@ def read_audio(source):
     return wave, rate, notes
 
 
+def call(command):
+    """Runs a program of ffmpeg's. If it is killed, so is this process: the file is tried again, or crashes the decoder."""
+    done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
+    if done.returncode < 0:
+        os.kill(os.getpid(), -done.returncode)
+    return done
+
+
 def read_stream(source):
     """As read_audio, for one audio stream of a video or stem file, decoded by ffmpeg."""
     with tempfile.TemporaryDirectory() as folder:
@@ -211,18 +219,14 @@ def read_stream(source):
                 f.write(stream.getbuffer())
         path = path if os.path.isabs(path) else os.path.join(".", path)  # so that no name is taken for an option or a protocol
         probe = ["ffprobe", "-v", "error", "-select_streams", "a", "-show_entries", "stream=sample_rate,channels", "-of", "json", path]
-        found = subprocess.run(probe, capture_output=True, stdin=subprocess.DEVNULL)
-        streams = json.loads(found.stdout or "{}").get("streams", [])
+        streams = json.loads(call(probe).stdout or "{}").get("streams", [])
         if len(streams) != source["of"]:
             raise Broken(f"has {len(streams)} audio streams that ffmpeg can read instead of {source['of']}")
         rate, channels = int(streams[source["stream"]]["sample_rate"]), int(streams[source["stream"]]["channels"])
         if not RATES[0] <= rate <= RATES[1] or channels < 1:
             raise Broken(f"has a sample rate of {rate} Hz and {channels} channels")
-        done = subprocess.run(["ffmpeg", "-v", "error", "-i", path, "-map", f"0:a:{source['stream']}", "-f", "f32le", "-"], capture_output=True,
-                              stdin=subprocess.DEVNULL)
+        done = call(["ffmpeg", "-v", "error", "-i", path, "-map", f"0:a:{source['stream']}", "-f", "f32le", "-"])
     said = done.stderr.decode(errors="replace").strip().splitlines()
-    if done.returncode < 0:
-        os.kill(os.getpid(), -done.returncode)  # as if it were our own end: the file is tried again
     if done.returncode or not done.stdout:
         raise Broken(f"ffmpeg fails on it: {said[0] if said else 'no samples'}")
     samples = np.frombuffer(done.stdout, "<f4", len(done.stdout) // (4 * channels) * channels)

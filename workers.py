@@ -7,7 +7,6 @@ costs itself only.
     pool.close()
 """
 import contextlib
-import fcntl
 import json
 import os
 import queue
@@ -19,7 +18,6 @@ import threading
 import time
 
 import numpy as np
-
 
 # one thread each; and glibc keeps the memory it has, instead of giving it back and taking it again, zeroed, with every file
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
@@ -39,6 +37,7 @@ class Worker:
                                         stdout=subprocess.PIPE, stderr=self.said, start_new_session=True,
                                         env={**os.environ, **ENVIRONMENT})
         if sys.platform == "linux":
+            import fcntl
             with contextlib.suppress(OSError):  # over the user's limit: the pipe stays small
                 fcntl.fcntl(self.process.stdout, fcntl.F_SETPIPE_SZ, 1 << 20)
         if not self.process.stdout.readline():
@@ -107,7 +106,7 @@ class Workers:
     """Processes that decode, as many as `count`, each with at most `memory` bytes and `seconds` per file."""
 
     def __init__(self, count, rate, memory=4 << 30, seconds=120):
-        self.count, self.idle = count, queue.SimpleQueue()
+        self.idle = queue.SimpleQueue()
         self.all = [Worker([str(rate), str(memory), str(int(seconds))], seconds) for _ in range(count)]
         for worker in self.all:
             self.idle.put(worker)
