@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from data import SPLITS, TRACKS, prefetch, write_index
+from data import SEGMENT, SEGMENT_HOP, SPLITS, TRACKS, prefetch, write_index
 from labels import divide
 from model import SAMPLE_RATE
 from runtime import clock, die, write_atomically
@@ -145,8 +146,10 @@ def index(folder, target, journal, kind, items, left_out, settings, **more):
     left_out += [{"name": i["name"], "reason": done[i["name"]]["reason"], "expected": False} for i in items if "reason" in done[i["name"]]]
     kept = [{**i, "offset": done[i["name"]]["offset"], "length": done[i["name"]]["length"]} for i in items if "reason" not in done[i["name"]]]
     if not kept:
-        reasons = sorted({entry["reason"] for entry in left_out})
-        die(f"{folder}: none of {len(items):,} files can be used ({'; '.join(reasons)[:300]}): is --path right?")
+        if target != folder:
+            shutil.rmtree(target)  # nothing to go on from
+        first = next(entry for entry in left_out if not entry["expected"])
+        die(f"{folder}: none of {len(items):,} files can be used, such as {first['name']} ({first['reason']}): is --path right, and all unpacked?")
     if not all(i["split"] for i in kept):
         divide(kept, next(iter(more.get("classes", [None]))), settings["shares"], settings["seed"])
     notes = [{"name": i["name"], "note": note} for i in items for note in done[i["name"]].get("notes", [])]
@@ -187,7 +190,7 @@ def summarise(folder, seconds=None):
     absent = sum(entry["reason"] == "is not there" for entry in unexpected)
     wanted = len(items) + len(unexpected)
     print(f"\n{folder}: {found['settings'].get('what', 'prepared data')}")
-    print(f"found {wanted - absent:,} of {wanted:,} {'songs' if stems else 'files'} ({100 * (wanted - absent) / wanted:.1f} %)\n")
+    print(f"found {wanted - absent:,} of {wanted:,} {'songs' if stems else 'files'} ({100 * (wanted - absent) / wanted:.1f} %), used {len(items):,}\n")
     tracks = TRACKS if stems else ("silent",)
     print(f"{'':8}{'songs' if stems else 'clips':>8}{'hours':>9}  " + ("silence in " if stems else "") + "".join(f"{t:>10}" for t in tracks))
     for split in SPLITS:
@@ -212,7 +215,10 @@ def summarise(folder, seconds=None):
             for entry in entries[:8]:
                 print(f"  {entry['name']}: {entry['reason']}")
             if len(entries) > 8:
-                print(f"  ... all of them in {os.path.join(folder, 'index.json')}")
+                most = ", ".join(f"{count:,} x {reason}" for reason, count in Counter(e["reason"] for e in entries).most_common(3))
+                print(f"  ... all of them in {os.path.join(folder, 'index.json')}; most often: {most}")
+    if unexpected:
+        print("\nonce these are mended or there, --overwrite=True decodes all anew; without it this folder stays as it is")
     size = os.path.getsize(os.path.join(folder, "audio.int16"))
     print(f"\n{size / 1e9:.2f} GB" + (f", {clock(seconds)}" if seconds is not None else ""))
     counts = [sum(i["split"] == split for i in items) for split in SPLITS]
@@ -220,6 +226,13 @@ def summarise(folder, seconds=None):
     if counts != whole:
         print(f"NOT COMPLETE: {' / '.join(map(str, counts))} instead of {' / '.join(map(str, whole))} songs")
     for split, count in zip(SPLITS, counts):
+        chosen = [i for i in items if i["split"] == split]
+        lack = [name for task, names in found.get("classes", {}).items() for c, name in enumerate(names) if not any(c in i[task] for i in chosen)]
+        segments = sum(max(0, (i["length"] - SEGMENT) // SEGMENT_HOP + 1) for i in chosen)
         if not count:
             print(f"note: the {split} split is empty")
+        elif lack:
+            print(f"note: the {split} split has no clip of {', '.join(lack[:8])}" + (f" and {len(lack) - 8} more classes" if len(lack) > 8 else ""))
+        elif stems and split != "test" and segments < 7:
+            print(f"note: the {split} split has {segments} segments of 6 s; a mix to pre-train on needs 4, of all sources 7")
     return 3 if unexpected or counts != whole else 0

@@ -2,10 +2,11 @@
 Prepared data: one memory-mapped file of int16 audio, 16 kHz mono, and an index; crops and random mixes drawn from it.
 
     data/<name>/audio.int16    all audio, one after another, little-endian int16
-    data/<name>/index.json     format, kind, sample_rate, n_samples, items, left_out [{name, reason}]
+    data/<name>/index.json     format, kind, sample_rate, n_samples (of the whole file), items, left_out [{name, reason}]; and for the record
+                               whether leaving out was expected, notes [{name, note}] on odd files, the settings of prepare_data.py
     data/<name>/audio.jsonl    what was decoded (see collect.py); training does not need it
 
-An item has name, split (train, valid or test), offset and length, both in samples.
+An item has name, split (train, valid or test), offset and length, both in samples; it may have a title, and a group that is not split up.
 kind "stems": an item is a song; its five tracks TRACKS lie one after another, each `length` samples long.
 kind "clips": an item is a clip and also has the numbers of its classes under the name of each task, as in
 {"name": "a", "split": "train", "offset": 0, "length": 96000, "tags": [0, 7], "genre": [2]}; the index also has classes, the names of the

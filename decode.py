@@ -1,10 +1,10 @@
 """
 Audio files to 16 kHz mono int16: whatever can be decoded of them, resampled.
 
-`python decode.py RATE MEMORY SECONDS` is one of the processes of workers.py: it reads jobs from its standard input and writes what it decoded to
-its standard output. A job is {"name": ..., "tracks": [source, ...], "least": seconds}, several tracks for the stems of a song. A source is
-{"file": path} or {"zip": [paths of the parts], "file": member}, with "stream": k, "of": n for the k-th of n audio streams of an mp4 (by
-ffmpeg); or null for silence, or "sum" for the sum of the other tracks.
+`python decode.py RATE MEMORY SECONDS` is one of the processes of workers.py: it reads jobs from its standard input and writes what it decoded
+to its standard output. A job is {"name": ..., "tracks": [source, ...], "least": seconds, "published": true or false}, with several tracks for
+the stems of a song. A source is {"file": path} or {"zip": [paths of the parts], "file": member}, with "stream": k, "of": n for the k-th of n
+audio streams of an mp4 (by ffmpeg); or null for silence, or "sum" for the sum of the other tracks.
 
 What libsndfile says about a file is not believed: it ends files where their header says (an mp3 of variable bit rate without a table of
 contents can lose most of its length) and throws away what it decoded before an error.
@@ -138,7 +138,7 @@ def decode_blocks(stream, block=None):
     try:
         sound = Sound(stream)
     except sf.LibsndfileError as e:
-        raise Broken("not audio that libsndfile can read") from e
+        raise Broken("not audio that libsndfile can read (wav, flac, ogg, mp3, aiff, au)") from e
     if not RATES[0] <= sound.samplerate <= RATES[1]:
         raise Broken(f"has a sample rate of {sound.samplerate} Hz")
     pieces, error, n = [], None, 0
@@ -176,7 +176,7 @@ def without_length(raw, format, read, used):
 
 
 def read_audio(source):
-    """(mono float32 (N,), sample rate, notes) of an audio file: every sample that can be decoded, whatever its header says.
+    """(mono float32 (N,), sample rate, notes) of an audio file: every sample that libsndfile can decode, whatever its header says.
 
     Broken with the reason if there is none. Notes say what is odd about it."""
     with open_source(source) as stream:
@@ -196,6 +196,8 @@ def read_audio(source):
         notes.append(f"decoding broke off after {len(wave) / rate:.1f} s: {error}")
     elif used < size - max(1024, size // 50):  # what follows may be a tag
         notes.append(f"decoding stopped after {len(wave) / rate:.1f} s, at {used:,} of {size:,} bytes")
+    elif "(should be" in sound.extra_info:  # libsndfile's report of a wav or aiff file
+        notes.append("its header and its size do not agree: it may be cut off")
     elif len(wave) + rate < sound.frames < 1e12:
         notes.append(f"its header says {sound.frames / rate:.1f} s, it holds {len(wave) / rate:.1f} s")
     return wave, rate, notes
@@ -295,15 +297,20 @@ def decode(job, rate):
         notes.extend(which + note for note in its_notes)
     length = max(map(len, waves))
     if length < max(1, job["least"] * rate):
-        raise Broken(f"is too short: {length / rate:.2f} s" + "".join(f"; {note}" for note in notes))
+        raise Broken(f"is too short: {length / rate:.2f} s, --min_seconds={job['least']:g}" + "".join(f"; {note}" for note in notes))
     uneven = max(length - len(w) for w, source in zip(waves, job["tracks"]) if isinstance(source, dict))
     if uneven > 0.1 * rate:
         notes.append(f"its tracks differ by up to {uneven / rate:.1f} s: silence added")
     waves = [w if len(w) == length else np.pad(w, (0, length - len(w))) for w in waves]
     waves = [sum(waves) if source == "sum" else w for w, source in zip(waves, job["tracks"])]   # its own place holds zeros
+    loud = max(np.count_nonzero(np.abs(w) > 1) for w in waves)
+    if loud > length // 1000:
+        notes.append(f"{100 * loud / length:.1f} % of its samples were beyond full scale and are clipped")
     audio = np.stack([to_int16(w) for w in waves])                                       # (tracks, length)
     if max(audio[0].max(), -int(audio[0].min())) <= SILENT:
-        raise Broken("is silent")
+        if not job.get("published"):
+            raise Broken("is silent")
+        notes.append("is silent")  # a published split has it: numbers are to compare with those of others
     return describe(audio, rate, notes)
 
 
@@ -331,7 +338,8 @@ def work(rate, memory, seconds):
         except Broken as e:
             info, audio = {"reason": str(e)}, b""
         except (MemoryError, RuntimeError) as e:  # torch's out of memory is a RuntimeError
-            info, audio = {"reason": f"needs more than {memory >> 20} MB of memory" if "memory" in f"{type(e).__name__} {e}".lower() else repr(e)}, b""
+            greedy = "memory" in f"{type(e).__name__} {e}".lower()
+            info, audio = {"reason": f"needs more than {memory >> 20} MB of memory" if greedy else repr(e)}, b""
         except OSError as e:
             kind = "fatal" if e.errno in NOT_THE_FILES else "reason"
             info, audio = {kind: f"cannot be read: {e.strerror or e}" + (f" ({e.filename})" if kind == "fatal" else "")}, b""

@@ -127,8 +127,8 @@ def fetch(url, path, size):
         if have(path) > before:
             pauses = list(PAUSES)
         if not pauses:
-            raise ValueError(f"{url}: {problem}, and {len(PAUSES)} attempts more brought nothing: try again later, the same command goes on "
-                             f"from the {have(path) / 1e6:.1f} MB that are there")
+            raise ValueError(f"{url}: {problem}, and {len(PAUSES)} attempts more brought nothing: is there a network? The same command goes on from "
+                             f"the {have(path) / 1e6:.1f} MB that are there; --path=FOLDER takes the dataset from elsewhere")
         pause = pauses.pop(0)
         print(f"{url}: {problem} at {have(path) / 1e6:.1f} MB, again in {pause} s", flush=True)
         time.sleep(pause)

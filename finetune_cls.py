@@ -46,7 +46,7 @@ pool = ""                       # max or avg; empty: as in init, else max (the a
 # optimisation
 recipe = "paper"                # paper: Adam, then SGD from the best weights; modern: AdamW, warm-up, cosine
 batch_size = 16                 # clips, one random crop of each
-chunk = 1024                    # an epoch is whole chunks of so many clips, what is left over is left out; 0: all whole batches
+chunk = 1024                    # an epoch is whole chunks of so many clips, what is left over is left out (fewer clips: all of them); 0: all whole batches
 epochs = 200                    # at most
 learning_rate = 1e-4            # Adam or AdamW
 unet_lr = 1.0                   # the U-Net learns at this share of every learning rate
@@ -167,10 +167,13 @@ def main(config, out):
     runtime.choose("freeze", freeze, ["", "unet", "tail"])
     prepared = Prepared(data, "clips")
     train_clips, valid_clips = Clips(prepared, "train", task, seed), Clips(prepared, "valid", task)
-    used = (len(train_clips) - 1) // chunk * chunk if chunk else len(train_clips)
+    whole = chunk == 0 or len(train_clips) <= chunk
+    if chunk and whole:
+        print(f"{len(train_clips)} training clips are no more than a chunk of {chunk}: an epoch is all of them")
+    used = len(train_clips) if whole else (len(train_clips) - 1) // chunk * chunk
     steps_per_epoch = used // batch_size
     if steps_per_epoch == 0:
-        die(f"{len(train_clips)} training clips do not fill one batch of {batch_size}" + (f" of a chunk of {chunk}: use --chunk=0" if chunk else ""))
+        die(f"{len(train_clips)} training clips do not fill one batch of {batch_size}: use a smaller --batch_size")
 
     net = build(train_clips).to(device)
     net.amp_dtype = runtime.amp_dtype(dtype)

@@ -129,12 +129,14 @@ def gtzan():
 # the user's own
 
 def folder(names):
-    """One folder per class: the first part of each name is its class."""
-    flat = [n for n in names if "/" not in n]
+    """One folder per class: the first part of each name is its class, or the second if all lie in train/, valid/ and test/."""
+    split = all(n.split("/")[0].lower() in SPLIT_NAMES for n in names)
+    flat = [n for n in names if n.count("/") < 1 + split]
     if flat:
         raise ValueError(f"{flat[0]} is in no class: --path must hold one folder per class, or give the labels with --csv=FILE")
-    classes = sorted({n.split("/")[0] for n in names})
-    return {"genre": classes}, [{"name": n, "split": None, "genre": [classes.index(n.split("/")[0])]} for n in names], []
+    classes = sorted({n.split("/")[split] for n in names})
+    return {"genre": classes}, [{"name": n, "split": SPLIT_NAMES[n.split("/")[0].lower()] if split else None,
+                                 "genre": [classes.index(n.split("/")[split])]} for n in names], []
 
 
 def from_csv(raw, separator, group):
@@ -142,9 +144,12 @@ def from_csv(raw, separator, group):
 
     With a separator, such as ;, a label is any number of tags, else one genre."""
     first = raw.partition(b"\n")[0].decode("utf-8-sig", "replace")
+    if first.startswith("sep="):  # Excel's way to name it
+        raise ValueError("begins with sep=: delete that line")
     rows = table(raw, max(",;\t", key=first.count))
     header = [h.strip().lower() for h in next(rows, (0, []))[1]]
-    if not {"path", "label"} <= set(header) or len(set(header)) < len(header):
+    named = [h for h in header if h]
+    if not {"path", "label"} <= set(named) or len(set(named)) < len(named):
         raise ValueError(f"needs the columns path and label, has {', '.join(header) or 'none'}")
     if group and group.lower() not in header:
         raise ValueError(f"has no column {group!r} to group by, only {', '.join(header)}")
@@ -154,7 +159,7 @@ def from_csv(raw, separator, group):
         row = dict(zip(header, (cell.strip() for cell in row)))
         labels = sorted({l.strip() for l in row["label"].split(separator)} - {""}) if separator else [row["label"]]
         if not row["path"] or labels == [""]:
-            raise ValueError(f"line {line}: no {'label' if row['path'] else 'path'}")
+            raise ValueError(f"line {line}: no {'label (only with --separator may there be none)' if row['path'] else 'path'}")
         if "split" in row and row["split"].lower() not in SPLIT_NAMES:
             raise ValueError(f"line {line}: split is {row['split']!r} instead of train, valid or test")
         row["path"] = posixpath.normpath(row["path"])

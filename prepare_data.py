@@ -44,11 +44,11 @@ seed = 1                    # of everything that is random
 workers = 0                 # processes that decode; 0: one per core
 timeout = 120               # seconds after which a decoder is stopped
 memory = 4.0                # GB that a decoder may take
-min_seconds = 3.862         # shorter files are left out; the default is one crop
+min_seconds = 3.862         # files with less audio are left out; the default is one crop
 protocol = "clean"          # mtat: clean (at least one of 50 tags, the paper's) or full (every clip)
 subset = "medium_minus_small"   # fma: medium_minus_small (what the paper's first version calls medium), medium, small
 hq = False                  # musdb: download MUSDB18-HQ, wav files, 23 GB, no ffmpeg needed
-download = False            # musdb: download the 7-second previews, 0.15 GB
+download = False            # musdb: the 7-second previews, 0.15 GB, instead of the whole songs (with --path too)
 csv = ""                    # folder: a CSV file with columns path, label and, if you like, split and group, artist or album
 separator = ""              # folder: the character between several labels in one cell of the CSV, such as ;
 group = ""                  # folder: the CSV's column of what must not be split up; empty: group, artist or album if there is one
@@ -99,8 +99,8 @@ def standing(folder, settings):
     old = found.get("settings", {})
     changed = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in settings.items() if old.get(k) != v and (k not in ("path", "csv") or v)]
     if changed:
-        die(f"{folder} was made with other settings ({'; '.join(changed)}): --relabel=True changes splits and labels without decoding, "
-            "--overwrite=True makes it anew, --name=NAME writes elsewhere")
+        die(f"{folder} was made with other settings ({'; '.join(changed)}): --name=NAME writes elsewhere, "
+            "--overwrite=True makes it anew, --relabel=True changes splits and labels of the files that were decoded for it")
     print(f"{folder} is there already: nothing done (--overwrite=True makes it anew)")
     return True
 
@@ -113,7 +113,8 @@ def prepare(folder, kind, settings, items, sources, left_out, **more):
     if len(set(names)) < len(names):
         twice = [name for name, count in Counter(names).items() if count > 1]
         die(f"{len(twice):,} files are listed twice, such as {twice[0]}")
-    jobs = [{"name": i["name"], "tracks": sources.get(i["name"]), "least": min_seconds} for i in items]
+    jobs = [{"name": i["name"], "tracks": sources.get(i["name"]), "least": min_seconds,
+             "published": settings["dataset"] not in ("folder", "stems")} for i in items]
     if relabel:
         journal = collect.read_journal(folder)
         known, old = {r["name"] for r in journal}, collect.read_index(folder)["settings"]
@@ -172,7 +173,7 @@ def prepare_fma(folder, settings):
 
 def prepare_gtzan(folder, settings):
     if not path:
-        die("GTZAN has no working official address any more: give --path=FOLDER, with genres/blues/blues.00000.wav (or .au) in it")
+        die("GTZAN has no working official address any more: give --path=FOLDER, with genres/blues/blues.00000.wav (or .au) in it, unpacked")
     sources = {os.path.splitext(name.split("/")[-1])[0]: source for name, source in reversed(find("gtzan", []).items())
                if os.path.splitext(name)[1].lower() in AUDIO}
     return prepare_clips(folder, {**settings, "what": "GTZAN, fault-filtered split 443 / 197 / 290"}, labels.gtzan(), sources)
@@ -292,12 +293,14 @@ DATASETS = {"demo": prepare_demo, "musdb": prepare_musdb, "mtat": prepare_mtat, 
 
 
 def main(argv=None):
+    global path, csv
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name is not a reason to stop
     _, names = configure(globals(), argv, configs=False)
     if len(names) != 1 or names[0] not in DATASETS:
         die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f", not {' '.join(names)}" if names else ""))
+    path, csv = os.path.expanduser(path), os.path.expanduser(csv)
     at_least(0, workers=workers, min_seconds=min_seconds, seed=seed)
     at_least(1, timeout=timeout, memory=memory)
     if len(shares) != 3 or not (min(shares) >= 0 and 0 < sum(shares) < 1e9):

@@ -49,7 +49,7 @@ def demo(tmp_path_factory):
 
 
 SEP = [f"--widths={NARROW}", "--batch_size=2", "--val_mixes=2", "--val_every=2", "--log_every=1", "--compile=False", "--device=cpu"]
-CLS = [f"--widths={NARROW}", f"--tail_widths={TAIL}", "--batch_size=4", "--chunk=0", "--epochs=2", "--log_every=1", "--compile=False", "--device=cpu"]
+CLS = [f"--widths={NARROW}", f"--tail_widths={TAIL}", "--batch_size=4", "--chunk=1024", "--epochs=2", "--log_every=1", "--compile=False", "--device=cpu"]
 
 
 @pytest.fixture(scope="session")
@@ -332,7 +332,7 @@ def test_wrong_input_is_told_in_one_line(demo, separator, tail_only, tmp_path):
         ("finetune_cls.py", [out, clips, *CLS, "--init=none.pt"], "no checkpoint at none.pt"),
         ("finetune_cls.py", [out, clips, *CLS, f"--init={ROOT}/README.md"], "cannot be read as a checkpoint"),
         ("finetune_cls.py", [out, clips, *CLS, "--task=mood"], "no task 'mood'"),
-        ("finetune_cls.py", [out, clips, *CLS, "--chunk=1024"], "do not fill"),
+        ("finetune_cls.py", [out, clips, *CLS, "--batch_size=64"], "do not fill"),
         ("finetune_cls.py", [out, clips, *CLS, f"--tail={tail_only}"], "needs variant=v3"),
         ("finetune_cls.py", [out, clips, *CLS, "--variant=v3", f"--tail={separator}"], "not a tail-only classifier"),
         ("finetune_cls.py", [out, clips, *CLS, "--variant=v3", f"--tail={tail_only}", "--task=genre"], "of another shape"),

@@ -263,6 +263,15 @@ def test_a_folder_per_class(tmp_path, capsys):
     for genre, counts in ((1, (10, 1, 1)), (0, (5, 1, 0))):
         split = Counter(i["split"] for i in found["items"] if i["genre"] == [genre])
         assert abs(split["train"] - counts[0]) <= 1 and split["valid"] + split["test"] >= 1
+    for split in ("train", "val", "test"):
+        for genre in "ab":
+            sound(tmp_path / "split" / split / genre / "0.wav")
+    assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'split'}", "--name=split") == 0
+    found = index_of(tmp_path / "out" / "split")
+    assert found["classes"] == {"genre": ["a", "b"]} and [i["split"] for i in found["items"]] == ["test"] * 2 + ["train"] * 2 + ["valid"] * 2
+    assert "none of 6 files can be used, such as test/a/0.wav (is too short: 5.00 s" in prepare(
+        tmp_path / "out", "folder", f"--path={tmp_path / 'split'}", "--name=long", "--min_seconds=6")
+    assert not (tmp_path / "out" / "long.partial").exists()   # nothing to go on from, nothing in the way
     sound(tmp_path / "in" / "loose.wav")
     assert "loose.wav is in no class" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--name=x")
     assert "no audio files" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'out' / 'folder'}", "--name=x")
@@ -291,7 +300,7 @@ def test_a_csv_with_several_labels_groups_and_its_own_splits(tmp_path, capsys):
 
     for text, message in (("path,genre\na,b", "needs the columns path and label"), ("path,label\na.wav", "1 cells instead of 2"),
                           ("path,label,split\na.wav,x,dev", "split is 'dev'"), ("path,label\na.wav,x\na.wav,y", "names a.wav twice"),
-                          ("path,label\na.wav,", "line 2: no label"), ("", "needs the columns"), ('path,label\na.wav,"x', "line 2")):
+                          ("path,label\na.wav,", "line 2: no label"), ("", "needs the columns"), ("sep=;\npath;label", "delete that line"), ('path,label\na.wav,"x', "line 2")):
         (tmp_path / "wrong.csv").write_text(text)
         answer = prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'wrong.csv'}", "--name=x")
         assert message in answer and "wrong.csv" in answer, answer
@@ -336,7 +345,7 @@ def test_any_songs_with_stems(tmp_path, capsys):
     assert len(found) == 10 and Counter(i["split"] for i in found.values()) == {"train": 8, "valid": 1, "test": 1}
     assert {e["name"]: e["reason"] for e in songs.index["left_out"]} == {
         "only": "has a mixture, but no stems", "typo": "has no drums, bass, other, vocals", "twice": "has two files for bass",
-        "broken": "drums.wav: not audio that libsndfile can read"}
+        "broken": "drums.wav: not audio that libsndfile can read (wav, flac, ogg, mp3, aiff, au)"}
     assert not songs.read(found["song 3"], "bass").any()
     for name in ("song 2", "song 3"):
         np.testing.assert_allclose(songs.read(found[name], "mixture"), sum(songs.read(found[name], t) for t in data.TRACKS[1:]), atol=3 / 32768)
