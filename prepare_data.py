@@ -70,7 +70,7 @@ def find(raw, sources, archives=True):
         return inventory(path, archives)
     folder = os.path.join(out, "raw", raw)
     with collect.locked(folder):  # protocols and subsets share their downloads
-        fetch_missing(sources, folder)
+        fetch_missing([s for s in sources if not relabel or s[0].endswith(("csv", "metadata.zip"))], folder)  # labels need no audio
     return inventory(folder)
 
 
@@ -105,6 +105,19 @@ def standing(folder, settings):
     return True
 
 
+def change_labels(folder, kind, settings, items, left_out, **more):
+    """Writes the index of a complete folder anew, for these items. Returns the exit status."""
+    journal, old = collect.read_journal(folder), collect.read_index(folder)["settings"]
+    fixed = [f"its {k} is {old.get(k)!r}" for k in ("dataset", "min_seconds") if old.get(k) != settings[k]]
+    unknown = sorted({i["name"] for i in items} - {r["name"] for r in journal})
+    if unknown:
+        fixed.append(f"{len(unknown):,} files have not been decoded, such as {unknown[0]}")
+    if fixed:
+        die(f"{folder} cannot be relabelled: {fixed[0]}; --overwrite=True makes it anew")
+    collect.index(folder, folder, journal, kind, items, left_out, settings, **more)
+    return collect.summarise(folder)
+
+
 def prepare(folder, kind, settings, items, sources, left_out, **more):
     """Decodes items (index entries) from sources {name: [source per track]}, and writes their folder. Returns the exit status."""
     began = time.monotonic()
@@ -113,18 +126,10 @@ def prepare(folder, kind, settings, items, sources, left_out, **more):
     if len(set(names)) < len(names):
         twice = [name for name, count in Counter(names).items() if count > 1]
         die(f"{len(twice):,} files are listed twice, such as {twice[0]}")
+    if relabel:
+        return change_labels(folder, kind, settings, items, left_out, **more)
     jobs = [{"name": i["name"], "tracks": sources.get(i["name"]), "least": min_seconds,
              "published": settings["dataset"] not in ("folder", "stems")} for i in items]
-    if relabel:
-        journal = collect.read_journal(folder)
-        known, old = {r["name"] for r in journal}, collect.read_index(folder)["settings"]
-        fixed = [k for k in ("dataset", "min_seconds") if old.get(k) != settings[k]]
-        unknown = [name for name in names if name not in known]
-        if fixed or unknown:
-            die(f"{folder} cannot be relabelled: " + (f"its {fixed[0]} is {old.get(fixed[0])!r}" if fixed else
-                f"{len(unknown):,} files have not been decoded, such as {unknown[0]}") + "; --overwrite=True makes it anew")
-        collect.index(folder, folder, journal, kind, items, left_out, {**settings, "path": settings["path"] or old["path"]}, **more)
-        return collect.summarise(folder)
     for job in jobs:
         job["sizes"] = [size_of(s) if isinstance(s, dict) else "" for s in job["tracks"] or []]
         if None in job["sizes"]:
@@ -313,7 +318,11 @@ def main(argv=None):
         die("relabel=True keeps the audio, overwrite=True decodes it again: give one of the two")
     if names == ["demo"]:
         return prepare_demo()
-    folder, settings = os.path.join(out, name or names[0]), settings_of(names[0])
+    folder = os.path.join(out, name or names[0])
+    if relabel and collect.read_index(folder):
+        old = collect.read_index(folder)["settings"]
+        path, csv = path or old.get("path", ""), csv or old.get("csv", "")
+    settings = settings_of(names[0])
     with collect.locked(folder):
         return collect.summarise(folder) if standing(folder, settings) else DATASETS[names[0]](folder, settings)
 

@@ -142,7 +142,7 @@ def test_splits_and_labels_are_listed_and_changed_without_decoding(many, tmp_pat
     capsys.readouterr()
     assert prepare(tmp_path, "folder") == 3 and "class 1 16 / 2 / 2" in capsys.readouterr().out
     assert "--relabel=True" in prepare(tmp_path, "folder", "--seed=2")
-    assert prepare(tmp_path, "folder", f"--path={many / 'in'}", "--seed=2", "--relabel=True") == 3
+    assert prepare(tmp_path, "folder", "--seed=2", "--relabel=True") == 3
     new, old = index_of(tmp_path / "folder"), index_of(many / "whole" / "folder")
     assert [i["offset"] for i in new["items"]] == [i["offset"] for i in old["items"]]
     assert [i["split"] for i in new["items"]] != [i["split"] for i in old["items"]]

@@ -98,6 +98,13 @@ def test_mtat_from_the_files_and_from_the_zip_in_parts(tmp_path, capsys):
     full = index_of(tmp_path / "a" / "full")
     assert len(full["items"]) == len(rows) - 1 and sum(not i["tags"] for i in full["items"]) >= 2
 
+    shutil.copytree(tmp_path / "a" / "full", tmp_path / "a" / "both")  # from full to clean: the same clips, without decoding
+    assert prepare(tmp_path / "a", "mtat", "--name=both", "--relabel=True") == 0
+    both = data.Prepared(str(tmp_path / "a" / "both"), "clips")
+    assert [{**i, "offset": 0} for i in both.index["items"]] == [{**i, "offset": 0} for i in found["items"]]
+    assert all(np.array_equal(both.read(i), prepared.read(j)) for i, j in zip(both.index["items"], found["items"]))
+    assert "have not been decoded" in prepare(tmp_path / "a", "mtat", "--protocol=full", "--relabel=True")
+
     packed = tmp_path / "packed"
     packed.mkdir()
     with zipfile.ZipFile(tmp_path / "mp3.zip", "w") as z:
