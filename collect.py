@@ -148,8 +148,8 @@ def index(folder, target, journal, kind, items, left_out, settings, **more):
     if not kept:
         if target != folder:
             shutil.rmtree(target)  # nothing to go on from
-        first = next(entry for entry in left_out if not entry["expected"])
-        die(f"{folder}: none of {len(items):,} files can be used, such as {first['name']} ({first['reason']}): is --path right, and all unpacked?")
+        such = [f", such as {entry['name']} ({entry['reason']})" for entry in left_out if not entry["expected"]]
+        die(f"{folder}: none of {len(items):,} files can be used{such[0] if such else ''}: is --path right, and all unpacked?")
     if not all(i["split"] for i in kept):
         divide(kept, next(iter(more.get("classes", [None]))), settings["shares"], settings["seed"])
     notes = [{"name": i["name"], "note": note} for i in items for note in done[i["name"]].get("notes", [])]
@@ -198,9 +198,23 @@ def summarise(folder, seconds=None):
         total = sum(i["length"] for i in chosen) / SAMPLE_RATE
         silent = [sum(journal[i["name"]]["silent"][k] for i in chosen) / max(total, 1) for k in range(len(tracks))]
         print(f"{split:8}{len(chosen):8,}{total / 3600:9.2f}  " + (" " * 11 if stems else "") + "".join(f"{100 * s:8.1f} %" for s in silent))
+    print_classes(found)
+    print_odd_files(folder, found)
+    size = os.path.getsize(os.path.join(folder, "audio.int16"))
+    print(f"\n{size / 1e9:.2f} GB" + (f", {clock(seconds)}" if seconds is not None else ""))
+    counts = [sum(i["split"] == split for i in items) for split in SPLITS]
+    whole = found["settings"].get("songs", counts)
+    if counts != whole:
+        print(f"NOT COMPLETE: {' / '.join(map(str, counts))} instead of {' / '.join(map(str, whole))} songs")
+    print_gaps(found)
+    return 3 if unexpected or counts != whole else 0
+
+
+def print_classes(found):
+    """How many clips of each split have each class."""
     for task, names in found.get("classes", {}).items():
         counts = {split: [0] * len(names) for split in SPLITS}
-        for item in items:
+        for item in found["items"]:
             for c in item.get(task, []):
                 counts[item["split"]][c] += 1
         cells = [f"{name} {' / '.join(f'{counts[s][c]:,}' for s in SPLITS)}" for c, name in enumerate(names)]
@@ -208,7 +222,12 @@ def summarise(folder, seconds=None):
         width = max(map(len, cells)) + 3
         for row in range(0, len(cells), max(1, 132 // width)):
             print("  " + "".join(f"{cell:{width}}" for cell in cells[row:row + max(1, 132 // width)]).rstrip())
-    for title, entries in (("left out, as expected", [e for e in left_out if e["expected"]]), ("LEFT OUT, UNEXPECTEDLY", unexpected),
+
+
+def print_odd_files(folder, found):
+    """The first files that were left out or are odd, and why."""
+    unexpected = [entry for entry in found["left_out"] if not entry["expected"]]
+    for title, entries in (("left out, as expected", [e for e in found["left_out"] if e["expected"]]), ("LEFT OUT, UNEXPECTEDLY", unexpected),
                            ("kept, but odd", [{"name": n["name"], "reason": n["note"]} for n in found.get("notes", [])])):
         if entries:
             print(f"\n{title}: {len(entries):,}")
@@ -219,20 +238,17 @@ def summarise(folder, seconds=None):
                 print(f"  ... all of them in {os.path.join(folder, 'index.json')}; most often: {most}")
     if unexpected:
         print("\nonce these are mended or there, --overwrite=True decodes all anew; without it this folder stays as it is")
-    size = os.path.getsize(os.path.join(folder, "audio.int16"))
-    print(f"\n{size / 1e9:.2f} GB" + (f", {clock(seconds)}" if seconds is not None else ""))
-    counts = [sum(i["split"] == split for i in items) for split in SPLITS]
-    whole = found["settings"].get("songs", counts)
-    if counts != whole:
-        print(f"NOT COMPLETE: {' / '.join(map(str, counts))} instead of {' / '.join(map(str, whole))} songs")
-    for split, count in zip(SPLITS, counts):
-        chosen = [i for i in items if i["split"] == split]
+
+
+def print_gaps(found):
+    """What training and evaluation will miss."""
+    for split in SPLITS:
+        chosen = [i for i in found["items"] if i["split"] == split]
         lack = [name for task, names in found.get("classes", {}).items() for c, name in enumerate(names) if not any(c in i[task] for i in chosen)]
         segments = sum(max(0, (i["length"] - SEGMENT) // SEGMENT_HOP + 1) for i in chosen)
-        if not count:
+        if not chosen:
             print(f"note: the {split} split is empty")
         elif lack:
             print(f"note: the {split} split has no clip of {', '.join(lack[:8])}" + (f" and {len(lack) - 8} more classes" if len(lack) > 8 else ""))
-        elif stems and split != "test" and segments < 7:
+        elif found["kind"] == "stems" and split != "test" and segments < 7:
             print(f"note: the {split} split has {segments} segments of 6 s; a mix to pre-train on needs 4, of all sources 7")
-    return 3 if unexpected or counts != whole else 0

@@ -215,8 +215,6 @@ def split_evenly(labels, groups, shares, seed):
 # -----------------------------------------------------------------------------
 # songs with stems
 
-
-
 def songs_of(files):
     """{song: {track: [files]}} of folders, by the names of the files in them: mixture, drums, bass, other, vocals, or whatever they are."""
     songs = {}
