@@ -62,9 +62,22 @@ def read_journal(folder):
         return [json.loads(line) for line in f if line.endswith("\n")]  # each is ASCII, as json.dumps writes it
 
 
+def replaced(folder):
+    """Where the folder that is replaced lies for a moment."""
+    return os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.replaced")
+
+
+def remove(folder):
+    """Deletes a folder of ours; last the files by which we know it for ours, if this is killed."""
+    for name in sorted(os.listdir(folder), key=lambda name: (name == "index.json", name == "job.json")):
+        file = os.path.join(folder, name)
+        shutil.rmtree(file) if os.path.isdir(file) and not os.path.islink(file) else os.remove(file)
+    os.rmdir(folder)
+
+
 def refuse_strange_folder(folder):
     """Only what was prepared by us is ever replaced."""
-    if os.path.exists(folder) and not os.path.exists(os.path.join(folder, "index.json")):
+    if os.path.exists(folder) and not os.path.exists(os.path.join(folder, "index.json")) and (not os.path.isdir(folder) or os.listdir(folder)):
         die(f"{folder} is there, but is not prepared data: move it away, or choose another --name or --out")
 
 
@@ -88,7 +101,7 @@ def resume(partial, job, names, tracks, overwrite):
         if begun != text and not overwrite:
             die(f"{partial} was begun with other settings or other files: --overwrite=True begins anew, --name=NAME writes elsewhere")
         if begun != text:
-            shutil.rmtree(partial)
+            remove(partial)
     os.makedirs(partial, exist_ok=True)
     write_atomically(text, os.path.join(partial, "job.json"))
     journal = read_journal(partial)
@@ -147,7 +160,7 @@ def index(folder, target, journal, kind, items, left_out, settings, **more):
     kept = [{**i, "offset": done[i["name"]]["offset"], "length": done[i["name"]]["length"]} for i in items if "reason" not in done[i["name"]]]
     if not kept:
         if target != folder:
-            shutil.rmtree(target)  # nothing to go on from
+            remove(target)  # nothing to go on from
         such = [f", such as {entry['name']} ({entry['reason']})" for entry in left_out if not entry["expected"]]
         die(f"{folder}: none of {len(items):,} files can be used{such[0] if such else ''}: is --path right, and all unpacked?")
     if not all(i["split"] for i in kept):
@@ -162,13 +175,18 @@ def put_in_place(folder):
     for name in os.listdir(folder + ".partial"):
         if name.endswith(".tmp"):  # of a process that was killed while it wrote the index
             os.remove(os.path.join(folder + ".partial", name))
-    old = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.replaced")
-    refuse_strange_folder(old)
-    shutil.rmtree(old, ignore_errors=True)
+    forget_replaced(folder)
     if os.path.exists(folder):
-        os.rename(folder, old)
+        os.rename(folder, replaced(folder))
     os.rename(folder + ".partial", folder)
-    shutil.rmtree(old, ignore_errors=True)
+    forget_replaced(folder)
+
+
+def forget_replaced(folder):
+    """Deletes what put_in_place replaced: it may have been killed before it was done with that."""
+    refuse_strange_folder(replaced(folder))
+    if os.path.exists(replaced(folder)):
+        remove(replaced(folder))
 
 
 def fingerprint(jobs):
@@ -203,11 +221,14 @@ def summarise(folder, seconds=None):
     size = os.path.getsize(os.path.join(folder, "audio.int16"))
     print(f"\n{size / 1e9:.2f} GB" + (f", {clock(seconds)}" if seconds is not None else ""))
     counts = [sum(i["split"] == split for i in items) for split in SPLITS]
-    whole = found["settings"].get("songs", counts)
+    whole, listed = found["settings"].get("songs", counts), found["settings"].get("listed", wanted)
     if counts != whole:
         print(f"NOT COMPLETE: {' / '.join(map(str, counts))} instead of {' / '.join(map(str, whole))} songs")
+    if wanted != listed:
+        print(f"NOT COMPLETE: {wanted:,} instead of {listed:,} " + ("songs" if stems else "clips in its table, which is cut off or edited: numbers will "
+                                                                     "not compare with those of others"))
     print_gaps(found)
-    return 3 if unexpected or counts != whole else 0
+    return 3 if unexpected or counts != whole or wanted != listed else 0
 
 
 def print_classes(found):
@@ -241,7 +262,13 @@ def print_odd_files(folder, found):
 
 
 def print_gaps(found):
-    """What training and evaluation will miss."""
+    """What training and evaluation will miss, or should not have."""
+    homes = {}
+    for item in found["items"]:
+        homes.setdefault(item.get("group", item["name"]), set()).add(item["split"])
+    torn = [group for group, splits in homes.items() if len(splits) > 1]
+    if torn:
+        print(f"note: {len(torn):,} groups (artists, albums) have clips in more than one split, as the table says, such as {torn[0]}")
     for split in SPLITS:
         chosen = [i for i in found["items"] if i["split"] == split]
         lack = [name for task, names in found.get("classes", {}).items() for c, name in enumerate(names) if not any(c in i[task] for i in chosen)]

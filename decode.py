@@ -297,7 +297,7 @@ def decode(job, rate):
         notes.extend(which + note for note in its_notes)
     length = max(map(len, waves))
     if length < max(1, job["least"] * rate):
-        raise Broken(f"is too short: {length / rate:.2f} s, --min_seconds={job['least']:g}" + "".join(f"; {note}" for note in notes))
+        raise Broken(f"is too short: {length / rate:.3f} s, --min_seconds={job['least']:g}" + "".join(f"; {note}" for note in notes))
     uneven = max(length - len(w) for w, source in zip(waves, job["tracks"]) if isinstance(source, dict))
     if uneven > 0.1 * rate:
         notes.append(f"its tracks differ by up to {uneven / rate:.1f} s: silence added")

@@ -201,30 +201,40 @@ def remember(path, checksum):
 # -----------------------------------------------------------------------------
 # what lies in a folder
 
-def inventory(root, archives=True):
-    """{relative name: source} of the files under a folder, in order, and of those inside its zip archives; unpacked ones come first."""
-    files, packed, seen = {}, {}, set()
+def walk(root):
+    """The files under a folder. Linked folders come last, and only if they lead to something else: a link from one class to another must not
+    take its files away."""
+    seen, starts = set(), [root]
 
     def stop(error):
         raise ValueError(f"the folder {error.filename} cannot be read ({error.strerror}): make it readable, or move it out of --path")
-    for base, folders, names in os.walk(root, followlinks=True, onerror=stop):
-        if os.path.realpath(base) in seen:
-            folders.clear()  # a link to what was seen, or in a circle
-            continue
-        seen.add(os.path.realpath(base))
-        folders[:] = sorted((f for f in folders if not f.startswith(".") and f != "__MACOSX"),
-                            key=lambda f: (os.path.islink(os.path.join(base, f)), f))
-        for file in sorted(names):
-            full = os.path.join(base, file)
-            zipped = re.fullmatch(r"(.+\.zip)(\.\d{3})?", full, re.DOTALL)
-            if file.startswith(".") or file.endswith((".part", ".checked")):
+    for start in starts:
+        for base, folders, names in os.walk(start, onerror=stop):
+            if os.path.realpath(base) in seen:
+                print(f"passed over {base}: it leads to files that are there already")
+                folders.clear()
                 continue
-            if zipped and archives and os.path.isfile(full):
-                packed.setdefault(zipped[1], []).append(full)
-            else:
-                files[os.path.relpath(full, root).replace(os.sep, "/")] = {"file": full}
+            seen.add(os.path.realpath(base))
+            folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+            starts.extend(os.path.join(base, f) for f in folders if os.path.islink(os.path.join(base, f)))
+            yield from (os.path.join(base, file) for file in sorted(names))
+
+
+def inventory(root, archives=True):
+    """{relative name: source} of the files under a folder, in order, and of those inside its zip archives; unpacked ones come first."""
+    files, packed = {}, {}
+    for full in walk(root):
+        zipped = re.fullmatch(r"(.+\.zip)(\.\d{3})?", full, re.DOTALL)
+        if os.path.basename(full).startswith(".") or full.endswith((".part", ".checked")):
+            continue
+        if zipped and archives and os.path.isfile(full):
+            packed.setdefault(zipped[1], []).append(full)
+        else:
+            files[os.path.relpath(full, root).replace(os.sep, "/")] = {"file": full}
     for archive, paths in packed.items():
         parts = [archive] if paths == [archive] else [f"{archive}.{k + 1:03d}" for k in range(len(paths))]
+        if paths != parts and archive in paths:
+            raise ValueError(f"{archive} lies beside its own parts: move away one or the other")
         if paths != parts:
             raise ValueError(f"of {archive} there are {', '.join(os.path.basename(p) for p in paths)}: a part is missing, or too many")
         try:

@@ -11,14 +11,19 @@ import re
 
 import numpy as np
 
-from data import SPLITS
+from data import SPLITS, TRACKS
 
-SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test", "testing": "test"}
+SPLIT_NAMES = {"train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test", "testing": "test"}
+
+AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".m4a",
+         ".mp4", ".aac", ".wma", ".webm", ".mka", ".wv", ".ape"}    # those libsndfile cannot read are reported, not passed over
 
 MTAT_EMPTY = {"35644", "55753", "57881"}    # distributed as files of 0 bytes
 MTAT_UNLISTED = {"29", "11268", "11269"}    # have top-50 tags, but are not in the published clean split
 MTAT_FOLDERS = {**dict.fromkeys("0123456789ab", "train"), "c": "valid", **dict.fromkeys("def", "test")}
 
+MTAT_CLIPS = {"clean": 21105, "full": 25860}  # that the published table lists, without those left out
+FMA_TRACKS = {"small": 7994, "medium_minus_small": 16985, "medium": 24979}
 FMA_GENRES = ["Electronic", "Instrumental", "Hip-Hop", "Country", "Spoken", "Old-Time / Historic", "Classical", "Blues", "International",
               "Pop", "Folk", "Jazz", "Experimental", "Easy Listening", "Rock", "Soul-RnB"]          # the order of the authors' models
 FMA_SUBSETS = {"small": {"small"}, "medium_minus_small": {"medium"}, "medium": {"small", "medium"}}
@@ -130,7 +135,12 @@ def gtzan():
 
 def folder(names):
     """One folder per class: the first part of each name is its class, or the second if all lie in train/, valid/ and test/."""
-    split = all(n.split("/")[0].lower() in SPLIT_NAMES for n in names)
+    tops = {n.split("/")[0] for n in names}
+    split = any(top.lower() in SPLIT_NAMES for top in tops)
+    strange = sorted(top for top in tops if split and top.lower() not in SPLIT_NAMES)
+    if strange:
+        raise ValueError(f"beside the splits {', '.join(sorted(tops - set(strange)))} there is {strange[0]}: a split is called train, valid or test, "
+                         "and what belongs to none must lie elsewhere")
     flat = [n for n in names if n.count("/") < 1 + split]
     if flat:
         raise ValueError(f"{flat[0]} is in no class: --path must hold one folder per class, or give the labels with --csv=FILE")
@@ -153,10 +163,10 @@ def from_csv(raw, separator, group):
         raise ValueError(f"needs the columns path and label, has {', '.join(header) or 'none'}")
     if group and group.lower() not in header:
         raise ValueError(f"has no column {group!r} to group by, only {', '.join(header)}")
-    group = group.lower() or next((g for g in ("group", "artist", "album") if g in header), "path")
+    rows = [(line, dict(zip(header, (cell.strip() for cell in row)))) for line, row in rows]
+    group = group.lower() or next((g for g in ("group", "artist", "album") if g in header and any(row[g] for _, row in rows)), "path")
     items, task = [], "tags" if separator else "genre"
     for line, row in rows:
-        row = dict(zip(header, (cell.strip() for cell in row)))
         labels = sorted({l.strip() for l in row["label"].split(separator)} - {""}) if separator else [row["label"]]
         if not row["path"] or labels == [""]:
             raise ValueError(f"line {line}: no {'label (only with --separator may there be none)' if row['path'] else 'path'}")
@@ -167,6 +177,11 @@ def from_csv(raw, separator, group):
     names = [i["name"] for i in items]
     if len(set(names)) < len(names):
         raise ValueError(f"names {next(n for n in names if names.count(n) > 1)} twice")
+    other = next((row["label"] for _, row in rows if set("|;") & set(row["label"])), "")
+    if separator and other and not any(separator in row["label"] for _, row in rows):
+        raise ValueError(f"no label has the separator {separator!r} in it, but there is {other!r}")
+    if other and not separator:
+        print(f"note: {other!r} is taken for one class; if it is several, name what is between them with --separator")
     classes = sorted({label for item in items for label in item[task]})
     for item in items:
         item[task] = [classes.index(label) for label in item[task]]
@@ -184,7 +199,8 @@ def split_evenly(labels, groups, shares, seed):
     """A split for each item such that every class is spread over train, valid and test in these shares, and no group is split up.
 
     Iterative stratification (Sechidis et al. 2011), whole groups at a time: the rarest class that is left first, its groups one by one to
-    the split that lacks most of it. The same for the same items and seed, whatever their order."""
+    the split that lacks most of it; of those that lack about as much, to the one that lacks most clips of any class. No split with a share is left
+    empty if there are as many groups. The same for the same items and seed, whatever their order."""
     members = {}
     for number, group in enumerate(groups):
         members.setdefault(group, []).append(number)
@@ -197,19 +213,23 @@ def split_evenly(labels, groups, shares, seed):
     sizes = np.array([len(members[name]) for name in names])
     shares = np.array(shares) / sum(shares)
     wanted, room = shares[:, None] * counts.sum(0), shares * sizes.sum()                 # (splits, classes), (splits,)
-    left, chosen = np.ones(len(names), bool), {}
+    left, chosen, totals, asked = np.ones(len(names), bool), np.zeros(len(names), int), counts.sum(0), np.flatnonzero(shares)
     while left.any():
-        totals = counts[left].sum(0)
         rarest = int(np.argmin(np.where(totals > 0, totals, np.iinfo(int).max))) if totals.any() else None
         these = np.flatnonzero(left & (counts[:, rarest] > 0)) if rarest is not None else np.flatnonzero(left)
         for i in sorted(these, key=lambda i: -sizes[i]):                                 # large groups while there is room
             lack = wanted[:, rarest] if rarest is not None else room
-            split = max(range(len(shares)), key=lambda s: (round(lack[s], 9), room[s]))
-            chosen[names[i]] = SPLITS[split]
+            most = max(lack[asked]) - sizes[i] / 2
+            chosen[i] = split = max((s for s in asked if lack[s] >= most), key=lambda s: (round(room[s] / shares[s], 9), shares[s]))
             wanted[split] -= counts[i]
             room[split] -= sizes[i]
+            totals -= counts[i]
             left[i] = False
-    return [chosen[group] for group in groups]
+    for split in asked:
+        if len(names) >= len(asked) and not (chosen == split).any():
+            largest = np.bincount(chosen).argmax()                                       # the split with the most groups gives its smallest
+            chosen[min(np.flatnonzero(chosen == largest), key=lambda i: sizes[i])] = split
+    return [SPLITS[chosen[row]] for row in map({name: i for i, name in enumerate(names)}.get, groups)]
 
 
 # -----------------------------------------------------------------------------
@@ -223,6 +243,24 @@ def songs_of(files):
         if song:
             songs.setdefault(song, {}).setdefault(file.rpartition(".")[0].lower(), []).append(name)
     return songs
+
+
+def song_sources(files, whole):
+    """{song: [source of each of TRACKS]} of song folders, and left_out for folders of audio that are none. If they need not be `whole`, a stem
+    that is not there is silence, unless another file may be it; a mixture that is not there is the stems' sum."""
+    found, left_out = {}, []
+    for song, tracks in sorted(songs_of(n for n in files if posixpath.splitext(n)[1].lower() in AUDIO).items()):
+        known = [t for t in TRACKS if t in tracks]
+        double = [t for t in known if len(tracks[t]) > 1]
+        lacking = [t for t in TRACKS if t not in tracks and (whole or t != "mixture")]
+        other = sorted(file.split("/")[-1] for track in tracks.keys() - set(TRACKS) for file in tracks[track])
+        if double or lacking and (whole or other or known == ["mixture"]):
+            left_out.append({"name": song, "expected": False, "reason": f"has two files for {double[0]}" if double else
+                             "has a mixture, but no stems" if known == ["mixture"] and not other else f"has no {', '.join(lacking)}"
+                             + (f", but {other[0]}: give it its name, or move it away" if other else "")})
+        else:
+            found[song] = [files[tracks[t][0]] if t in tracks else "sum" if t == "mixture" else None for t in TRACKS]
+    return found, left_out
 
 
 def split_of_folder(song):

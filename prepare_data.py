@@ -58,8 +58,7 @@ song_seconds = 24           # demo: length of each
 clips = [96, 40, 200]      # demo: labelled clips for train, valid, test; each from a song of its own
 clip_seconds = 6            # demo: length of each
 
-AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64", ".rf64", ".m4a",
-         ".mp4", ".aac", ".wma"}    # those libsndfile cannot read are reported, not passed over
+KEPT = {"path", "csv", "separator", "group", "shares", "seed", "min_seconds", "protocol", "subset", "hq", "download"}
 
 
 def find(raw, sources, archives=True):
@@ -92,15 +91,18 @@ def standing(folder, settings):
     """True if the folder is complete and made with these settings: then there is nothing to do. Ends the script if with others."""
     collect.refuse_strange_folder(folder)
     found = collect.read_index(folder)
+    collect.forget_replaced(folder)
+    if relabel and not found:
+        die(f"relabel=True, but there is no {folder} to change")
     if not found or overwrite or relabel:
-        if relabel and not found:
-            die(f"relabel=True, but there is no {folder} to change")
         return False
     old = found.get("settings", {})
-    changed = [f"{k}: {old.get(k)!r} -> {v!r}" for k, v in settings.items() if old.get(k) != v and (k not in ("path", "csv") or v)]
+    changed = {k: f"{k}: {old.get(k)!r} -> {v!r}" for k, v in settings.items() if old.get(k) != v and (k not in ("path", "csv") or v)}
+    changed.update({k: "what the CSV says has changed" for k in changed if k == "csv_sha256"})
     if changed:
-        die(f"{folder} was made with other settings ({'; '.join(changed)}): --name=NAME writes elsewhere, "
-            "--overwrite=True makes it anew, --relabel=True changes splits and labels of the files that were decoded for it")
+        labels_only = changed.keys() <= {"csv", "csv_sha256", "separator", "group", "shares", "seed"} or "full" == old.get("protocol")
+        die(f"{folder} was made with other settings ({'; '.join(changed.values())}): --name=NAME writes elsewhere, --overwrite=True makes it anew"
+            + (", --relabel=True changes splits and labels of the files that were decoded for it" if labels_only else ""))
     print(f"{folder} is there already: nothing done (--overwrite=True makes it anew)")
     return True
 
@@ -150,6 +152,18 @@ def prepare(folder, kind, settings, items, sources, left_out, **more):
     return collect.summarise(folder, time.monotonic() - began)
 
 
+def by_name(files, name_of):
+    """{name: source} of audio files: of several copies the unpacked one, if they are of one size. Else the script ends: one is not whole, or not it."""
+    found = {}
+    for file, source in files.items():
+        if os.path.splitext(file)[1].lower() in labels.AUDIO:
+            first = found.setdefault(name_of(file), source)
+            if first is not source and (size_of(first) or [0])[0] != (size_of(source) or [0])[0]:
+                die(f"two files that differ would be {name_of(file)}: {' in '.join(map(str, [first['file'], *first.get('zip', [])[:1]]))} and "
+                    f"{' in '.join(map(str, [source['file'], *source.get('zip', [])[:1]]))}: move the wrong one out of --path")
+    return found
+
+
 def prepare_clips(folder, settings, listed, sources):
     classes, items, left_out = listed
     return prepare(folder, "clips", settings, items, {name: [source] for name, source in sources.items()}, left_out, classes=classes,
@@ -163,24 +177,23 @@ def prepare_mtat(folder, settings):
     choose("protocol", protocol, ["clean", "full"])
     files = find("mtat", SOURCES["mtat"])
     listed = labels.mtat(contents(files, "annotations_final.csv"), contents(files, "clip_info_final.csv", needed=False), protocol)
-    sources = {"/".join(name.split("/")[-2:]): source for name, source in reversed(files.items()) if name.endswith(".mp3")}
-    return prepare_clips(folder, {**settings, "what": f"MagnaTagATune, {protocol} protocol, 50 tags"}, listed, sources)
+    settings.update(what=f"MagnaTagATune, {protocol} protocol, 50 tags", listed=labels.MTAT_CLIPS[protocol])
+    return prepare_clips(folder, settings, listed, by_name(files, lambda file: "/".join(file.split("/")[-2:])))
 
 
 def prepare_fma(folder, settings):
     choose("subset", subset, list(labels.FMA_SUBSETS))
     files = find("fma", SOURCES["fma_small" if subset == "small" else "fma_medium"])
-    sources = {name.split("/")[-1]: source for name, source in reversed(files.items()) if name.endswith(".mp3")}
     what = {"medium_minus_small": "FMA, medium without small (17,000 tracks; what the paper's first version calls medium)",
             "medium": "FMA, medium (25,000 tracks, small ones included)", "small": "FMA, small (8,000 tracks)"}[subset]
-    return prepare_clips(folder, {**settings, "what": what}, labels.fma(contents(files, "tracks.csv"), subset), sources)
+    settings.update(what=what, listed=labels.FMA_TRACKS[subset])
+    return prepare_clips(folder, settings, labels.fma(contents(files, "tracks.csv"), subset), by_name(files, lambda file: file.split("/")[-1]))
 
 
 def prepare_gtzan(folder, settings):
     if not path:
         die("GTZAN has no working official address any more: give --path=FOLDER, with genres/blues/blues.00000.wav (or .au) in it, unpacked")
-    sources = {os.path.splitext(name.split("/")[-1])[0]: source for name, source in reversed(find("gtzan", []).items())
-               if os.path.splitext(name)[1].lower() in AUDIO}
+    sources = by_name(find("gtzan", []), lambda file: os.path.splitext(file.split("/")[-1])[0])
     return prepare_clips(folder, {**settings, "what": "GTZAN, fault-filtered split 443 / 197 / 290"}, labels.gtzan(), sources)
 
 
@@ -193,40 +206,40 @@ def prepare_folder(folder, settings):
             except ValueError as e:
                 die(f"{csv}: {e}")
         files = {i["name"]: {"file": os.path.join(root, i["name"])} for i in listed[1]}
+        real = {}
+        for name, source in files.items():
+            if real.setdefault(os.path.normpath(source["file"]), name) != name:
+                die(f"{csv}: {name} and {real[os.path.normpath(source['file'])]} are the same file")
         files = {name: source for name, source in files.items() if os.path.isfile(source["file"])}
         return prepare_clips(folder, {**settings, "what": f"clips of {csv}"}, listed, files)
+    if separator or group:
+        die("separator and group are for a table: give --csv=FILE, or leave them away")
     if not path:
         die("give --path=FOLDER with one folder of audio files per class, or --csv=FILE")
-    every = find("folder", [], archives=False)
-    files = {name: source for name, source in every.items() if os.path.splitext(name)[1].lower() in AUDIO}
+    gone = relabel and not os.path.isdir(path)  # then what was decoded is what there is
+    every = {r["name"]: None for r in collect.read_journal(folder)} if gone else find("folder", [], archives=False)
+    files = {name: source for name, source in every.items() if os.path.splitext(name)[1].lower() in labels.AUDIO}
     if len(files) < len(every):
         print(f"passed over {len(every) - len(files):,} files that are not audio, such as {next(n for n in every if n not in files)}")
     if not files:
         die(f"no audio files under {path}")
-    return prepare_clips(folder, {**settings, "what": f"clips of {path}"}, labels.folder(sorted(files)), files)
-
-
-def song_sources(files):
-    """{song: [source of each of TRACKS]} of song folders, and left_out for folders of audio that are none. A stem that is not there is silence,
-    a mixture that is not there the stems' sum."""
-    found, left_out = {}, []
-    for song, tracks in sorted(labels.songs_of(n for n in files if os.path.splitext(n)[1].lower() in AUDIO).items()):
-        known = [t for t in TRACKS if t in tracks]
-        double = [t for t in known if len(tracks[t]) > 1]
-        if double or not set(known) - {"mixture"}:
-            left_out.append({"name": song, "expected": False, "reason": f"has two files for {double[0]}" if double else
-                             "has a mixture, but no stems" if known else f"has no {', '.join(TRACKS[1:])}"})
-        else:
-            found[song] = [files[tracks[t][0]] if t in tracks else "sum" if t == "mixture" else None for t in TRACKS]
-    return found, left_out
+    listed = labels.folder(sorted(files))
+    if len(listed[0]["genre"]) < 2:
+        die(f"all files under {path} are of one class, {listed[0]['genre'][0]}: --path must hold one folder per class")
+    return prepare_clips(folder, {**settings, "what": f"clips of {path}"}, listed, files)
 
 
 def prepare_stems(folder, settings):
     if not path:
         die("give --path=FOLDER with one folder per song, each with vocals.wav, drums.wav, bass.wav, other.wav and, if there is one, mixture.wav")
-    sources, left_out = song_sources(find("stems", [], archives=False))
+    if relabel and not os.path.isdir(path):
+        known, old = {r["name"] for r in collect.read_journal(folder)}, collect.read_index(folder)["left_out"]
+        sources, left_out = dict.fromkeys(sorted(known)), [entry for entry in old if entry["name"] not in known]
+    else:
+        sources, left_out = labels.song_sources(find("stems", [], archives=False), whole=False)
     if not sources:
-        die(f"no song folders with vocals.wav, drums.wav, bass.wav or other.wav under {path}")
+        such = f": {left_out[0]['name']} {left_out[0]['reason']}" if left_out else ""
+        die(f"no song folders with vocals.wav, drums.wav, bass.wav or other.wav under {path}{such}")
     return prepare(folder, "stems", {**settings, "what": f"songs of {path}"}, labels.stems(list(sources)), sources, left_out)
 
 
@@ -243,7 +256,8 @@ def prepare_musdb(folder, settings):
     key = "musdb_7s" if download else "musdb_hq" if hq else "musdb"
     files = find(key, [(setup["sample-url"], "size:147209385")] if download else SOURCES[key])
     mp4 = {name.removesuffix(".stem.mp4"): source for name, source in files.items() if name.endswith(".stem.mp4")}
-    wav = song_sources({name: source for name, source in files.items() if name.endswith(".wav")})[0]
+    wav = {name: source for name, source in files.items() if name.endswith(".wav") and labels.split_of_folder(os.path.dirname(name))}
+    wav, left_out = labels.song_sources(wav, whole=True)
     songs = wav or {song: [{**source, "stream": k, "of": 5} for k in range(5)] for song, source in mp4.items()}
     copies = {}
     for song in sorted(songs, key=lambda song: "zip" in next(t for t in songs[song] if isinstance(t, dict))):
@@ -255,9 +269,11 @@ def prepare_musdb(folder, settings):
     if any("stream" in t for tracks in songs.values() for t in tracks if isinstance(t, dict)) and not ffmpeg:
         die(no_ffmpeg)
     items = labels.musdb(songs, setup["validation_tracks"])
-    whole = {} if download else {"songs": [86, 14, 50]}
+    whole = {"listed": 144} if download else {"songs": [86, 14, 50]}
     what = "MUSDB18" + (", previews of 7 seconds" if download else "-HQ" if wav else "")
-    return prepare(folder, "stems", {**settings, "what": what, **whole}, items, {s.split("/")[-1]: tracks for s, tracks in songs.items()}, [])
+    sources = {song.split("/")[-1]: tracks for song, tracks in songs.items()}
+    left_out = [{**entry, "name": entry["name"].split("/")[-1]} for entry in left_out if entry["name"].split("/")[-1] not in sources]
+    return prepare(folder, "stems", {**settings, "what": what, **whole}, items, sources, left_out if wav else [])
 
 
 def prepare_demo():
@@ -298,14 +314,16 @@ DATASETS = {"demo": prepare_demo, "musdb": prepare_musdb, "mtat": prepare_mtat, 
 
 
 def main(argv=None):
-    global path, csv
+    global path, csv, out
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name is not a reason to stop
     _, names = configure(globals(), argv, configs=False)
     if len(names) != 1 or names[0] not in DATASETS:
         die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f", not {' '.join(names)}" if names else ""))
-    path, csv = os.path.expanduser(path), os.path.expanduser(csv)
+    path, csv, out = os.path.expanduser(path), os.path.expanduser(csv), os.path.expanduser(out)
+    if csv and not os.path.isfile(csv):
+        die(f"csv={csv} is not a file")
     at_least(0, workers=workers, min_seconds=min_seconds, seed=seed)
     at_least(1, timeout=timeout, memory=memory)
     if len(shares) != 3 or not (min(shares) >= 0 and 0 < sum(shares) < 1e9):
@@ -319,9 +337,10 @@ def main(argv=None):
     if names == ["demo"]:
         return prepare_demo()
     folder = os.path.join(out, name or names[0])
-    if relabel and collect.read_index(folder):
-        old = collect.read_index(folder)["settings"]
-        path, csv = path or old.get("path", ""), csv or old.get("csv", "")
+    if relabel or names[0] in ("folder", "stems") and not (path or csv):  # what is not given stays
+        given = {a.removeprefix("--").partition("=")[0] for a in (sys.argv[1:] if argv is None else argv)}
+        old = (collect.read_index(folder) or {"settings": {}})["settings"]
+        globals().update({k: old[k] for k in KEPT & old.keys() - given if old.get("dataset") == names[0]})
     settings = settings_of(names[0])
     with collect.locked(folder):
         return collect.summarise(folder) if standing(folder, settings) else DATASETS[names[0]](folder, settings)

@@ -122,9 +122,35 @@ def test_odd_files_among_the_clips_cost_themselves_only(tmp_path, capsys):
     assert "was not written by prepare_data.py" in prepare(tmp_path / "out", "folder")
 
 
+def test_killed_while_it_deletes_what_was_replaced(many, tmp_path, monkeypatch):
+    """At whichever of its files: the same command then clears up, and nothing is decoded twice."""
+    arguments = ("folder", f"--path={many / 'in'}", "--seed=2", "--overwrite=True")
+    for survivors in (["index.json", "job.json", "audio.jsonl"], ["index.json", "job.json"], ["index.json"], []):
+        out = tmp_path / str(len(survivors))
+        shutil.copytree(many / "whole" / "folder", out / "folder")
+        remove = os.remove
+
+        def killed(file, *, dir_fd=None):
+            if os.path.basename(file) in survivors and ".replaced" in str(file):
+                raise KeyboardInterrupt
+            remove(file)
+        monkeypatch.setattr(os, "remove", killed)
+        if survivors:
+            with pytest.raises(KeyboardInterrupt):
+                prepare(out, *arguments)
+            assert sorted(os.listdir(out / ".folder.replaced")) == sorted(survivors)
+        else:
+            (out / ".folder.replaced").mkdir()
+        monkeypatch.setattr(os, "remove", remove)
+        assert prepare(out, *arguments[:3], *([] if survivors else arguments[3:])) == 3
+        assert sorted(p.name for p in out.iterdir() if not p.name.endswith(".lock")) == ["folder"]
+        assert index_of(out / "folder")["settings"]["seed"] == 2
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file that can be waited for in vain")
 def test_ctrl_c_does_not_wait_for_a_hanging_decoder(tmp_path):
     sound(tmp_path / "in" / "a" / "0.wav")
+    sound(tmp_path / "in" / "b" / "0.wav")
     os.mkfifo(tmp_path / "in" / "a" / "1.wav")
     process = start(tmp_path, tmp_path / "in", "--timeout=60")
     while process.poll() is None and not journal_lines(tmp_path):

@@ -75,8 +75,9 @@ def magnatagatune(root, clips=40, seed=0):
     return rows, tags
 
 
-def test_mtat_from_the_files_and_from_the_zip_in_parts(tmp_path, capsys):
+def test_mtat_from_the_files_and_from_the_zip_in_parts(tmp_path, capsys, monkeypatch):
     rows, tags = magnatagatune(tmp_path / "raw")
+    monkeypatch.setattr(labels, "MTAT_CLIPS", {"clean": 36, "full": 39})
     assert prepare(tmp_path / "a", "mtat", f"--path={tmp_path / 'raw'}") == 0
     found = index_of(tmp_path / "a" / "mtat")
     counts = {t: sum(r[1 + k] == "1" for r in rows) for k, t in enumerate(tags)}
@@ -99,7 +100,7 @@ def test_mtat_from_the_files_and_from_the_zip_in_parts(tmp_path, capsys):
     assert len(full["items"]) == len(rows) - 1 and sum(not i["tags"] for i in full["items"]) >= 2
 
     shutil.copytree(tmp_path / "a" / "full", tmp_path / "a" / "both")  # from full to clean: the same clips, without decoding
-    assert prepare(tmp_path / "a", "mtat", "--name=both", "--relabel=True") == 0
+    assert prepare(tmp_path / "a", "mtat", "--name=both", "--protocol=clean", "--relabel=True") == 0
     both = data.Prepared(str(tmp_path / "a" / "both"), "clips")
     assert [{**i, "offset": 0} for i in both.index["items"]] == [{**i, "offset": 0} for i in found["items"]]
     assert all(np.array_equal(both.read(i), prepared.read(j)) for i, j in zip(both.index["items"], found["items"]))
@@ -121,10 +122,24 @@ def test_mtat_from_the_files_and_from_the_zip_in_parts(tmp_path, capsys):
     for part in "21":
         (packed / f"mp3.zip.00{part}").unlink()
         assert "part" in prepare(tmp_path / "c", "mtat", f"--path={packed}")
+    shutil.copy(tmp_path / "mp3.zip", packed)
+    assert "beside its own parts" in prepare(tmp_path / "c", "mtat", f"--path={packed}")
+    (packed / "mp3.zip.003").unlink()
+    cut = packed / "mp3" / rows[0][-1]  # an unpacking that broke off, beside the archive
+    cut.parent.mkdir(parents=True)
+    cut.write_bytes((tmp_path / "raw" / "mp3" / rows[0][-1]).read_bytes()[:5000])
+    assert "two files that differ would be 0/artist-song-00-0-29.mp3" in prepare(tmp_path / "c", "mtat", f"--path={packed}")
 
 
-def test_mtat_with_part_of_the_files_says_which_share_it_found(tmp_path, capsys):
+def test_a_table_that_was_cut_at_a_line_is_not_taken_for_the_dataset(tmp_path, capsys, monkeypatch):
+    magnatagatune(tmp_path / "raw", clips=32)
+    assert prepare(tmp_path / "out", "mtat", f"--path={tmp_path / 'raw'}", "--protocol=full") == 3
+    assert "31 instead of 25,860 clips in its table" in capsys.readouterr().out
+
+
+def test_mtat_with_part_of_the_files_says_which_share_it_found(tmp_path, capsys, monkeypatch):
     rows, _ = magnatagatune(tmp_path / "raw", clips=32)
+    monkeypatch.setattr(labels, "MTAT_CLIPS", {"full": 31})
     names = [r[-1] for r in rows]
     for name in names[16:]:
         (tmp_path / "raw" / "mp3" / name).unlink()
@@ -151,7 +166,9 @@ def test_mtat_splits_are_the_published_ones_cell_for_cell(tmp_path):
         for row, item in zip(ours, mine):
             row[item["tags"]] = 1
         assert [i["name"] for i in mine] == [f"{k}.mp3" for k in keys] and np.array_equal(ours, cells)
+    assert len(items) == labels.MTAT_CLIPS["clean"]
     classes, items, _ = labels.mtat(annotations, info, "full")
+    assert len(items) == labels.MTAT_CLIPS["full"]
     assert Counter(i["split"] for i in items) == {"train": 18706, "valid": 1825, "test": 5329}
     text = (REAL / "mtat" / "published_full_split" / "output_labels_mtt.txt").read_text()
     order = [classes["tags"].index(t) for t in json.loads(text.split("=")[1].replace("'", '"'))]
@@ -187,7 +204,8 @@ def fma_tracks(tracks):
     return "\r\n".join(lines + [f'{t},0,"a, ""b""\nc",{split},{subset},{genre},x' for t, split, subset, genre in tracks]).encode()
 
 
-def test_fma_from_nested_and_flat_folders_and_zips(tmp_path, capsys):
+def test_fma_from_nested_and_flat_folders_and_zips(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(labels, "FMA_TRACKS", {"medium_minus_small": 3, "medium": 5, "small": 2})
     tracks = [(2, "training", "small", "Hip-Hop"), (5, "training", "medium", "Jazz"), (10, "validation", "medium", "Rock"), (140, "test", "medium", "Rock"),
               (141, "training", "large", "Rock"), (1486, "training", "medium", "Rock"), (100200, "test", "small", "Pop"), (193, "training", "medium", "")]
     nested, flat, packed = tmp_path / "nested", tmp_path / "flat", tmp_path / "packed"
@@ -236,6 +254,7 @@ def test_fma_has_the_published_tracks():
             row = chosen[item["name"]]
             assert classes["genre"][item["genre"][0]] == row[column["track", "genre_top"]]
             assert row[column["set", "split"]].startswith(item["split"])
+        assert len(items) == labels.FMA_TRACKS[subset]
         if subset != "small":
             assert classes["genre"] == labels.FMA_GENRES
 
@@ -276,12 +295,34 @@ def test_a_folder_per_class(tmp_path, capsys):
     assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'split'}", "--name=split") == 0
     found = index_of(tmp_path / "out" / "split")
     assert found["classes"] == {"genre": ["a", "b"]} and [i["split"] for i in found["items"]] == ["test"] * 2 + ["train"] * 2 + ["valid"] * 2
-    assert "none of 6 files can be used, such as test/a/0.wav (is too short: 5.00 s" in prepare(
+    assert "none of 6 files can be used, such as test/a/0.wav (is too short: 5.000 s" in prepare(
         tmp_path / "out", "folder", f"--path={tmp_path / 'split'}", "--name=long", "--min_seconds=6")
     assert not (tmp_path / "out" / "long.partial").exists()   # nothing to go on from, nothing in the way
     sound(tmp_path / "in" / "loose.wav")
     assert "loose.wav is in no class" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--name=x")
-    assert "no audio files" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'out' / 'folder'}", "--name=x")
+    (tmp_path / "in" / "loose.wav").unlink()
+    sound(tmp_path / "split" / "extra" / "a" / "0.wav")
+    assert "there is extra: a split is called" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'split'}", "--name=x")
+    (tmp_path / "up").mkdir()
+    shutil.copytree(tmp_path / "in", tmp_path / "up" / "genres")
+    assert "all files under" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'up'}", "--name=x")
+    assert "give --csv=FILE" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--name=x", "--group=artist")
+    (tmp_path / "in" / "jazz" / "favourites").symlink_to(tmp_path / "in" / "rock")  # takes nothing away from rock
+    (tmp_path / "elsewhere").mkdir()
+    sound(tmp_path / "elsewhere" / "new.wav")
+    (tmp_path / "in" / "jazz" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--name=links") == 3
+    names = {i["name"] for i in index_of(tmp_path / "out" / "links")["items"]}
+    assert names == {i["name"] for i in index_of(tmp_path / "out" / "folder")["items"]} | {"jazz/linked/new.wav"}
+    assert "favourites: it leads to files that are there already" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "in")                                                   # neither the list nor another split needs the files
+    assert prepare(tmp_path / "out", "folder", "--name=links") == 3
+    assert prepare(tmp_path / "out", "folder", "--name=links", "--relabel=True", "--shares=0.5,0.25,0.25") == 3
+    assert {i["name"] for i in index_of(tmp_path / "out" / "links")["items"]} == names
+    assert prepare(tmp_path / "out", "folder", "--name=links", "--relabel=True", "--seed=7") == 3
+    assert index_of(tmp_path / "out" / "links")["settings"]["shares"] == [0.5, 0.25, 0.25]
+    (tmp_path / "empty").mkdir()
+    assert "no audio files" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'empty'}", "--name=x")
     assert "not a folder" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'nowhere'}", "--name=x")
 
 
@@ -306,11 +347,26 @@ def test_a_csv_with_several_labels_groups_and_its_own_splits(tmp_path, capsys):
     assert all(i["split"] == data.SPLITS[int(Path(i["name"]).stem) % 3] for i in found["items"])
 
     for text, message in (("path,genre\na,b", "needs the columns path and label"), ("path,label\na.wav", "1 cells instead of 2"),
-                          ("path,label,split\na.wav,x,dev", "split is 'dev'"), ("path,label\na.wav,x\na.wav,y", "names a.wav twice"),
+                          ("path,label,split\na.wav,x,devel", "split is 'devel'"), ("path,label\na.wav,x\na.wav,y", "names a.wav twice"),
                           ("path,label\na.wav,", "line 2: no label"), ("", "needs the columns"), ("sep=;\npath;label", "delete that line"), ('path,label\na.wav,"x', "line 2")):
         (tmp_path / "wrong.csv").write_text(text)
         answer = prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'wrong.csv'}", "--name=x")
         assert message in answer and "wrong.csv" in answer, answer
+    for text, message in (("path,label\nin/0.wav,x\nin/0.wav,y".replace("in/0.wav,y", f"{tmp_path}/in/0.wav,y"), "are the same file"),
+                          ("path,label\na.wav,x|y", "no label has the separator ';'")):
+        (tmp_path / "wrong.csv").write_text(text)
+        assert message in prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'wrong.csv'}", "--name=x", "--separator=;")
+    lines = [f"in/{k}.wav,{'a' if k % 2 else 'b|c'},,album {k // 4},{data.SPLITS[k % 3]}" for k in range(20)]
+    (tmp_path / "torn.csv").write_text("\n".join(["path,label,artist,album,split", *lines]))
+    capsys.readouterr()
+    assert prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'torn.csv'}", "--name=torn") == 0
+    said = capsys.readouterr().out
+    assert "5 groups (artists, albums) have clips in more than one split" in said and "'b|c' is taken for one class" in said
+    (tmp_path / "torn.csv").write_text("\n".join(",".join(line.split(",")[:4]) for line in ["path,label,artist,album", *lines]))
+    assert "what the CSV says has changed" in prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'torn.csv'}", "--name=torn")
+    assert prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'torn.csv'}", "--name=torn", "--relabel=True") == 0
+    homes = {(i["group"], i["split"]) for i in index_of(tmp_path / "out" / "torn")["items"]}
+    assert len(homes) == 5 and len({split for _, split in homes}) == 3      # by album, as no artist is named
     (tmp_path / "wrong.csv").write_bytes("path,label\nä.wav,x".encode("latin-1"))
     assert "UTF-8" in prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'wrong.csv'}", "--name=x")
     assert "no column 'composer'" in prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'own.csv'}", "--group=composer", "--name=x")
@@ -327,8 +383,13 @@ def test_splits_are_even_seeded_and_keep_groups_together():
         for split, share in zip(data.SPLITS, (0.8, 0.1, 0.1)):
             assert abs(counts[split] / sum(counts.values()) - share) < (0.05 if c < 8 else 0.11), (c, counts)
     order = rng.permutation(1020)
+    other_seed = labels.split_evenly(kinds, groups, [0.8, 0.1, 0.1], 2)
     shuffled = labels.split_evenly([kinds[i] for i in order], [groups[i] for i in order], [0.8, 0.1, 0.1], 1)
-    assert shuffled == [splits[i] for i in order] and splits != labels.split_evenly(kinds, groups, [0.8, 0.1, 0.1], 2)
+    for kinds, groups, counts in (([[c] for c in range(200) for _ in range(3)], range(600), (480, 60, 60)),    # fewer clips than splits want
+                                  ([[0]] * 200, np.arange(200) // 50, (100, 50, 50)), ([[]] * 4, range(4), (2, 1, 1))):
+        few = Counter(labels.split_evenly(kinds, [str(g) for g in groups], [0.8, 0.1, 0.1], 1))
+        assert [few[s] for s in data.SPLITS] == list(counts)
+    assert shuffled == [splits[i] for i in order] and splits != other_seed
 
 
 # -----------------------------------------------------------------------------
@@ -342,6 +403,8 @@ def test_any_songs_with_stems(tmp_path, capsys):
     sound(tmp_path / "in" / "song 0" / "mixture.wav", 7, 44100, seed=99)
     sound(tmp_path / "in" / "only" / "mixture.wav", 7, 44100)
     sound(tmp_path / "in" / "typo" / "voice.wav", 7, 44100)
+    sound(tmp_path / "in" / "nearly" / "bass.wav", 7, 44100)
+    sound(tmp_path / "in" / "nearly" / "vocal.wav", 7, 44100)
     sound(tmp_path / "in" / "twice" / "bass.wav", 7, 44100)
     sound(tmp_path / "in" / "twice" / "bass.flac", 7, 44100)
     sound(tmp_path / "in" / "broken" / "bass.wav", 7, 44100)
@@ -351,7 +414,8 @@ def test_any_songs_with_stems(tmp_path, capsys):
     found = {i["name"]: i for i in songs.index["items"]}
     assert len(found) == 10 and Counter(i["split"] for i in found.values()) == {"train": 8, "valid": 1, "test": 1}
     assert {e["name"]: e["reason"] for e in songs.index["left_out"]} == {
-        "only": "has a mixture, but no stems", "typo": "has no drums, bass, other, vocals", "twice": "has two files for bass",
+        "only": "has a mixture, but no stems", "typo": "has no drums, bass, other, vocals, but voice.wav: give it its name, or move it away",
+        "nearly": "has no drums, other, vocals, but vocal.wav: give it its name, or move it away", "twice": "has two files for bass",
         "broken": "drums.wav: not audio that libsndfile can read (wav, flac, ogg, mp3, aiff, au)"}
     assert not songs.read(found["song 3"], "bass").any()
     for name in ("song 2", "song 3"):
@@ -378,8 +442,13 @@ def test_musdb_hq_takes_the_packages_validation_songs_and_no_ffmpeg(tmp_path, ca
     for split in ("train", "test"):
         (tmp_path / "in" / "musdb18hq").mkdir(exist_ok=True)
         (tmp_path / "in" / split).rename(tmp_path / "in" / "musdb18hq" / split)
+    for title, track in (("Some - Song", "bass"), ("Lost - Song", "drums")):  # of the first the archive has all
+        sound(tmp_path / "in" / "musdb18hq" / "train" / title / f"{track}.wav", 7, 44100)
+    (tmp_path / "in" / "musdb18hq" / "train" / "Some - Song" / "vocals.wav").unlink()
     assert prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}") == 3
     found = index_of(tmp_path / "out" / "musdb")
+    assert [(e["name"], e["reason"]) for e in found["left_out"]] == [("Lost - Song", "has no mixture, bass, other, vocals")]
+    assert not np.allclose(data.Prepared(str(tmp_path / "out" / "musdb"), "stems").read(found["items"][3], "vocals"), 0)
     assert [(i["split"], i["name"]) for i in found["items"]] == [
         ("test", "Test - Song"), ("valid", "Actions - One Minute Smile"), ("train", "Other - Song"), ("train", "Some - Song")]
     assert "NOT COMPLETE: 2 / 1 / 1 instead of 86 / 14 / 50 songs" in capsys.readouterr().out
