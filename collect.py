@@ -96,7 +96,7 @@ def resume(partial, job, names, tracks, overwrite):
         begun = ""
         with contextlib.suppress(FileNotFoundError), open(os.path.join(partial, "job.json"), encoding="utf-8") as f:
             begun = f.read()
-        if '"dataset"' not in begun and any(not name.endswith(".tmp") for name in os.listdir(partial)):
+        if '"dataset"' not in begun and any(not name.endswith((".tmp", "index.json")) for name in os.listdir(partial)):
             die(f"{partial} is there, but was not begun by prepare_data.py: move it away, or choose another --name or --out")
         if begun != text and not overwrite:
             die(f"{partial} was begun with other settings or other files: --overwrite=True begins anew, --name=NAME writes elsewhere")

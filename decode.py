@@ -25,6 +25,8 @@ import numpy as np
 import soundfile as sf
 
 BLOCK = 1 << 21                     # samples that are decoded at once, at most
+LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")   # in the first frame of an mp3: how many frames there are, and mostly
+GAPLESS = 4 * 1152                          # how many samples at both ends, fewer than this, are not music
 QUIET = 33                          # int16: a second without a sample above -60 dB of full scale counts as silent
 # errors that say something about the machine: the run ends, and no file is given up for them
 NOT_THE_FILES = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ESTALE}
@@ -159,7 +161,7 @@ def decode_blocks(stream, block=None):
 def without_length(raw, format, read, used):
     """The file with its header's length taken out, or None where that is not known to be safe (ogg: the note says what is lost)."""
     if format == "MP3":
-        for tag in (b"Xing", b"Info", b"VBRI"):
+        for tag in LENGTH_TAGS:
             at = raw.find(tag, 0, 65536)
             raw[at:at + 4] = raw[at:at + 4] if at < 0 else bytes(4)
         return Overlong(bytes(raw))
@@ -167,12 +169,21 @@ def without_length(raw, format, read, used):
         raw[21:26] = bytes([raw[21] & 0xF0, 0, 0, 0, 0])            # 36 bits: unknown
     elif format == "AU" and raw[:4] == b".snd" and used < 0.98 * len(raw):
         raw[8:12] = b"\xff" * 4                                     # unknown
-    elif format in ("WAV", "WAVEX") and read == 0 and b"data" in raw:  # a recorder that was not closed; a shorter one may have chunks behind it
-        at = raw.find(b"data") + 4
-        raw[at:at + 4] = b"\xff" * 4
+    elif format in ("WAV", "WAVEX") and read == 0 and (at := open_chunk(raw)):  # a recorder that was not closed
+        raw[at + 4:at + 8] = b"\xff" * 4
     else:
         return None
     return io.BytesIO(bytes(raw))
+
+
+def open_chunk(raw):
+    """Where a wav file's data chunk begins, if it says that it is empty and what follows are not other chunks, to the end."""
+    at, data = 12, None
+    while at + 8 <= len(raw):
+        size = int.from_bytes(raw[at + 4:at + 8], "little")
+        data = at if raw[at:at + 4] == b"data" and not size else data
+        at += 8 + size + size % 2
+    return data if at != len(raw) else None
 
 
 def read_audio(source):
@@ -187,9 +198,11 @@ def read_audio(source):
         used = stream.tell()
         if not error and len(wave) >= sound.frames and used < size:  # ended by its header, not by its bytes
             stream.seek(0)
-            patched = without_length(bytearray(stream.read()), sound.format, len(wave), used)
+            raw = bytearray(stream.read())
+            padding = GAPLESS if sound.format == "MP3" and any(tag in raw[:65536] for tag in LENGTH_TAGS) else 0
+            patched = without_length(raw, sound.format, len(wave), used)
             longer, _, problem = decode_blocks(patched) if patched else ([], None, None)
-            if len(longer) > len(wave):
+            if len(longer) > len(wave) + padding:
                 wave, used, error = longer, size, problem
     notes, rate = [], sound.samplerate
     if error:

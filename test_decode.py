@@ -114,6 +114,26 @@ def test_the_header_of_an_mp3_is_not_believed(tmp_path):
     assert abs(len(wave) - length) <= 3 * 1152 and "header says" in notes[0]
 
 
+def test_a_tag_at_the_end_does_not_bring_back_the_padding_of_an_mp3(tmp_path):
+    wave = tone(440, 16000, 5)
+    sf.write(tmp_path / "plain.mp3", wave, 16000)
+    raw = (tmp_path / "plain.mp3").read_bytes()
+    (tmp_path / "tagged.mp3").write_bytes(raw + b"TAG" + bytes(125))
+    plain, tagged = (decode.read_audio({"file": str(tmp_path / name)}) for name in ("plain.mp3", "tagged.mp3"))
+    assert len(plain[0]) == len(wave) and np.array_equal(plain[0], tagged[0]) and not tagged[2]
+
+
+def test_a_wav_without_samples_is_not_read_on_into_its_tags(tmp_path):
+    sf.write(tmp_path / "a.wav", tone(440, 16000, 1), 16000)
+    raw = (tmp_path / "a.wav").read_bytes()
+    at = raw.index(b"data")
+    unclosed = raw[:at + 4] + bytes(4) + raw[at + 8:]                     # a recorder that was not closed: the samples follow
+    (tmp_path / "unclosed.wav").write_bytes(unclosed)
+    assert len(decode.read_audio({"file": str(tmp_path / "unclosed.wav")})[0]) == 16000
+    (tmp_path / "tags.wav").write_bytes(raw[:at + 4] + bytes(4) + b"id3 " + (60000).to_bytes(4, "little") + np.random.default_rng(0).bytes(60000))
+    assert len(decode.read_audio({"file": str(tmp_path / "tags.wav")})[0]) == 0
+
+
 def test_a_flac_of_unknown_length(tmp_path):
     sf.write(tmp_path / "a.flac", tone(440, 44100, 3), 44100)
     raw = bytearray((tmp_path / "a.flac").read_bytes())
@@ -173,7 +193,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path):
     assert "silent" in reason("silent.flac")
     assert decode.decode({**clip(tmp_path / "silent.flac"), "published": True}, RATE)[0]["notes"] == ["is silent"]
     sf.write(tmp_path / "short.wav", tone(440, 44100, 2), 44100)
-    assert "too short: 2.00 s" in reason("short.wav")
+    assert "too short: 2.000 s" in reason("short.wav")
     sf.write(tmp_path / "nothing.wav", np.zeros(0), 44100)
     assert "too short" in reason("nothing.wav", 0)
     write_wav_header(tmp_path / "fast.wav", 2_000_000, 1, 200_000, noise)
