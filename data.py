@@ -15,6 +15,7 @@ classes of each task, as in {"tags": ["voice", ...], "genre": ["rock", ...]}, an
 Every random number is a function of the seed and the number of the crop, so neither the batch size, the number of threads or processes,
 nor stopping and resuming changes what is drawn.
 """
+import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -73,6 +74,12 @@ class Prepared:
                 i["offset"] < 0 or i["length"] <= 0 or i["offset"] + tracks * i["length"] > self.index["n_samples"] for i in self._items):
             raise ValueError(f"{self.audio_path} ({size} bytes) does not fit its index: prepare it again with --overwrite=True")
         self.audio = np.memmap(self.audio_path, "<i2", "r")
+
+    def trained_on(self):
+        """A hash of what training sees of the index: names, lengths, splits and labels in train and valid. Another one may have trained on what
+        is now in test."""
+        seen = [{k: v for k, v in i.items() if k not in ("offset", "title", "group")} for i in self._items if i["split"] != "test"]
+        return hashlib.sha256(json.dumps([seen, self.index.get("classes")], sort_keys=True).encode()).hexdigest()[:16]
 
     def items(self, split):
         chosen = [i for i in self._items if i["split"] == split]

@@ -50,7 +50,11 @@ def prepared_for(meta, path, kind):
     folder = data or meta["config"].get("data")
     if not folder:
         die(f"{path} does not say what it was trained on: name a folder with --data=")
-    return Prepared(folder, kind)
+    prepared = Prepared(folder, kind)
+    if not data and meta["config"].get("trained_on", prepared.trained_on()) != prepared.trained_on():
+        die(f"{folder} has other splits or labels than when {path} was trained, so that it may have been trained on what is now the {split} split: "
+            f"train anew, or say --data={folder} to evaluate it nonetheless")
+    return prepared
 
 
 # -----------------------------------------------------------------------------

@@ -166,6 +166,7 @@ def main(config, out):
     runtime.choose("recipe", recipe, ["paper", "modern"])
     runtime.choose("freeze", freeze, ["", "unet", "tail"])
     prepared = Prepared(data, "clips")
+    config = {**config, "trained_on": prepared.trained_on()}
     train_clips, valid_clips = Clips(prepared, "train", task, seed), Clips(prepared, "valid", task)
     whole = chunk == 0 or len(train_clips) <= chunk
     if chunk and whole:

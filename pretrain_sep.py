@@ -94,9 +94,10 @@ def check_settings(world):
 def main(config, out):
     rank, world = process
     check_settings(world)
-    config = {**config, "processes": world}  # BatchNorm sees the batch of one process, so resuming needs as many
-    micro = batch_size // (accumulate * world)
     songs = Prepared(data, "stems")
+    # BatchNorm sees the batch of one process, so resuming needs as many
+    config = {**config, "processes": world, "trained_on": songs.trained_on()}
+    micro = batch_size // (accumulate * world)
     train_mixes, val_set = Mixes(songs, "train", sources, seed), Mixes(songs, "valid", sources, 0)
 
     # the network, and its wrappers for the training forward only: `net` itself is what is saved and validated

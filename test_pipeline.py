@@ -312,6 +312,21 @@ def test_finetuning_resumes_to_the_same_bits(demo, tmp_path, recipe):
     assert recipe == "modern" or max(f[3] or 0 for f in facts[0]) > 0
 
 
+def test_splits_that_changed_since_training_are_noticed(demo, tmp_path):
+    shutil.copytree(demo / "demo_clips", tmp_path / "clips")
+    arguments = ["finetune_cls.py", *CLS, "--variant=tail", f"--data={tmp_path}/clips", "--epochs=1", f"--out={tmp_path}/a.pt"]
+    run(*arguments)
+    scoring = ["eval.py", tmp_path / "a.pt", f"--out={tmp_path}/results", "--bootstrap=0", "--overwrite=True"]
+    run(*scoring)
+    index = json.loads((tmp_path / "clips" / "index.json").read_text())
+    a, b = (next(i for i in index["items"] if i["split"] == split) for split in ("train", "test"))
+    a["split"], b["split"] = b["split"], a["split"]
+    (tmp_path / "clips" / "index.json").write_text(json.dumps(index))
+    assert "other splits or labels than when" in run(*scoring, ok=False)
+    assert "are not those that this run was started with" in run(*arguments, "--resume=True", ok=False)
+    run(*scoring, f"--data={tmp_path}/clips")
+
+
 def test_wrong_input_is_told_in_one_line(demo, separator, tail_only, tmp_path):
     songs, clips, out = f"--data={demo}/demo_songs", f"--data={demo}/demo_clips", f"--out={tmp_path}/x.pt"
     cases = [
