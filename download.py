@@ -50,7 +50,10 @@ def fetch_missing(sources, folder):
     there = inventory(folder, archives=False) if os.path.isdir(folder) else {}
 
     def unpacked(url):
-        pattern = UNPACKED[re.sub(r"\.\d{3}$", "", url.rsplit("/", 1)[1])]
+        archive = re.sub(r"\.\d{3}$", "", url.rsplit("/", 1)[1])
+        pattern = UNPACKED[archive]
+        if not url.endswith(archive) and os.path.exists(os.path.join(folder, archive)):
+            return True  # its parts, joined by hand
         return any(re.search(f"(^|/){pattern}$", file) for file in there)
     download([(url, checksum) for url, checksum in sources if url.endswith(".csv") or not unpacked(url)], folder)
 

@@ -120,6 +120,8 @@ def build(clips):
         unet_args = {key: meta["args"][key] for key in ("sources", "widths", "pool")}
         unet_args["pool"] = pool or unet_args["pool"]
         print("U-Net as in init: " + ", ".join(f"{k} {v}" for k, v in unet_args.items()))
+        if meta["step"] == 0:
+            print(f"note: {init} is from before its first step of training: it has learnt nothing")
     args = dict(unet_args, n_classes=len(clips.classes), multilabel=clips.multilabel, variant=variant, skips=skips, dropout=dropout,
                 tail_widths=tail_widths if tail_widths != [0] else None, mel_of_log=mel_of_log, bn_momentum=bn_momentum)
     torch.manual_seed(seed)
@@ -266,7 +268,9 @@ def main(config, out):
                 train_loss, n_losses, waited, began = 0.0, 0, 0.0, time.time()
         epoch += 1
 
-    print(f"best validation loss {best:.5f}, {clock(time.time() - started)}: {out}\nnext: python eval.py {out}")
+    kept = model.load(out)[1]["epoch"]
+    print(f"best validation loss {best:.5f}, after epoch {kept}" + (", before any training: nothing was learnt" if kept == 0 else "")
+          + f"; {clock(time.time() - started)}: {out}\nnext: python eval.py {out}")
 
 
 if __name__ == "__main__":

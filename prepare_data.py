@@ -110,7 +110,7 @@ def standing(folder, settings):
 def change_labels(folder, kind, settings, items, left_out, **more):
     """Writes the index of a complete folder anew, for these items. Returns the exit status."""
     journal, old = collect.read_journal(folder), collect.read_index(folder)["settings"]
-    fixed = [f"its {k} is {old.get(k)!r}" for k in ("dataset", "min_seconds") if old.get(k) != settings[k]]
+    fixed = [f"its {k} is {old.get(k)!r}" for k in ("dataset", "min_seconds", "hq", "download") if old.get(k) != settings.get(k)]
     unknown = sorted({i["name"] for i in items} - {r["name"] for r in journal})
     if unknown:
         fixed.append(f"{len(unknown):,} files have not been decoded, such as {unknown[0]}")

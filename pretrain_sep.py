@@ -192,7 +192,9 @@ def main(config, out):
             train_loss, n_losses, waited, began = 0.0, 0, 0.0, time.time()
 
     if rank == 0:
-        print(f"best validation loss {best:.5f}, {clock(time.time() - started)}: {out}\nnext: python eval.py {out}   or   "
+        kept = model.load(out)[1]["step"]
+        print(f"best validation loss {best:.5f}, after step {kept}" + (", before any training: nothing was learnt" if kept == 0 else "")
+              + f"; {clock(time.time() - started)}: {out}\nnext: python eval.py {out}   or   "
               f"python finetune_cls.py CONFIG --init={out}, such as config/mtat.py or config/demo_tags.py")
 
 

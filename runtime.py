@@ -178,6 +178,7 @@ def compile_parts(parts, device):
     except Exception as e:  # the back ends fail in many ways of their own; each means: not here
         print(f"torch.compile does not work here ({type(e).__name__}: {str(e).strip().splitlines()[0][:100]}): running without it")
         return
+    print("compiling: the first step of training takes a minute or more (--compile=False does without)")
     for part in parts:
         part.compile(dynamic=False)  # in place: the names of the weights stay as they are
 

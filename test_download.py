@@ -150,6 +150,9 @@ def test_mtat_downloads_what_is_missing_and_prepares_it(server, tmp_path, monkey
     Server.seen.clear()
     for part in parts:
         (here / part).unlink()
+    (here / "mp3.zip").write_bytes(raw)                        # joined by hand
+    assert prepare(tmp_path / "out", "mtat", "--overwrite=True") == 0 and not Server.seen
+    (here / "mp3.zip").unlink()
     shutil.copytree(tmp_path / "raw" / "mp3", here / "mp3")    # unpacked by hand: the archives are not needed
     assert prepare(tmp_path / "out", "mtat", "--overwrite=True") == 0 and not Server.seen
 
