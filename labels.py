@@ -136,11 +136,11 @@ def gtzan():
 def folder(names):
     """One folder per class: the first part of each name is its class, or the second if all lie in train/, valid/ and test/."""
     tops = {n.split("/")[0] for n in names}
-    split = any(top.lower() in SPLIT_NAMES for top in tops)
-    strange = sorted(top for top in tops if split and top.lower() not in SPLIT_NAMES)
-    if strange:
-        raise ValueError(f"beside the splits {', '.join(sorted(tops - set(strange)))} there is {strange[0]}: a split is called train, valid or test, "
-                         "and what belongs to none must lie elsewhere")
+    strange = sorted(top for top in tops if top.lower() not in SPLIT_NAMES)
+    split, named = not strange, sorted(tops - set(strange))
+    if strange and (len(named) > 1 or named and all(n.count("/") > 1 for n in names)):  # a single one may be a class, as in training/ beside sleep/
+        raise ValueError(f"is {', '.join(named)} a split, beside {strange[0]}? Splits are called train, valid and test, and hold all classes; a class of "
+                         "such a name needs another one, or --csv=FILE")
     flat = [n for n in names if n.count("/") < 1 + split]
     if flat:
         raise ValueError(f"{flat[0]} is in no class: --path must hold one folder per class, or give the labels with --csv=FILE")
@@ -219,15 +219,15 @@ def split_evenly(labels, groups, shares, seed):
         these = np.flatnonzero(left & (counts[:, rarest] > 0)) if rarest is not None else np.flatnonzero(left)
         for i in sorted(these, key=lambda i: -sizes[i]):                                 # large groups while there is room
             lack = wanted[:, rarest] if rarest is not None else room
-            most = max(lack[asked]) - sizes[i] / 2
-            chosen[i] = split = max((s for s in asked if lack[s] >= most), key=lambda s: (round(room[s] / shares[s], 9), shares[s]))
+            most = max(lack[asked]) - (counts[i, rarest] if rarest is not None else sizes[i]) / 2
+            chosen[i] = split = max((s for s in asked if lack[s] >= most), key=lambda s: (room[s] >= sizes[i], round(room[s] / shares[s], 9), shares[s]))
             wanted[split] -= counts[i]
             room[split] -= sizes[i]
             totals -= counts[i]
             left[i] = False
     for split in asked:
-        if len(names) >= len(asked) and not (chosen == split).any():
-            largest = np.bincount(chosen).argmax()                                       # the split with the most groups gives its smallest
+        largest = np.bincount(chosen).argmax()                                           # the split with the most groups gives its smallest
+        if not (chosen == split).any() and (chosen == largest).sum() > 1:
             chosen[min(np.flatnonzero(chosen == largest), key=lambda i: sizes[i])] = split
     return [SPLITS[chosen[row]] for row in map({name: i for i, name in enumerate(names)}.get, groups)]
 

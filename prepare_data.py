@@ -81,7 +81,7 @@ def settings_of(dataset):
     keys = {"mtat": ["protocol"], "fma": ["subset"], "musdb": ["hq", "download"], "folder": ["csv", "separator", "group", "shares", "seed"],
             "stems": ["shares", "seed"]}.get(dataset, [])
     settings = {"dataset": dataset, "path": os.path.abspath(path) if path else "", "min_seconds": min_seconds, **{k: globals()[k] for k in keys}}
-    if settings.get("csv"):
+    if os.path.isfile(csv):
         with open(csv, "rb") as f:
             settings.update(csv=os.path.abspath(csv), csv_sha256=hashlib.sha256(f.read()).hexdigest())
     return settings
@@ -91,9 +91,10 @@ def standing(folder, settings):
     """True if the folder is complete and made with these settings: then there is nothing to do. Ends the script if with others."""
     collect.refuse_strange_folder(folder)
     found = collect.read_index(folder)
-    collect.forget_replaced(folder)
     if relabel and not found:
         die(f"relabel=True, but there is no {folder} to change")
+    if found:
+        collect.forget_replaced(folder)
     if not found or overwrite or relabel:
         return False
     old = found.get("settings", {})
@@ -152,15 +153,22 @@ def prepare(folder, kind, settings, items, sources, left_out, **more):
     return collect.summarise(folder, time.monotonic() - began)
 
 
-def by_name(files, name_of):
-    """{name: source} of audio files: of several copies the unpacked one, if they are of one size. Else the script ends: one is not whole, or not it."""
-    found = {}
+def refuse_other(name, first, second):
+    """Ends the script if two copies of what should be one file differ in size: one is cut off, or something else."""
+    def place(source):
+        return source["file"] + (f" in {source['zip'][0]}" if "zip" in source else "")
+    same_kind = os.path.splitext(first["file"])[1] == os.path.splitext(second["file"])[1]
+    if same_kind and (size_of(first) or [0])[0] != (size_of(second) or [0])[0]:
+        die(f"two files that differ would be {name}: {place(first)} and {place(second)}: move the wrong one out of --path")
+
+
+def by_name(files, name_of, listed):
+    """{name: source} of the audio files that are listed; of several copies the unpacked one."""
+    wanted, found = {i["name"] for i in listed[1]}, {}
     for file, source in files.items():
-        if os.path.splitext(file)[1].lower() in labels.AUDIO:
-            first = found.setdefault(name_of(file), source)
-            if first is not source and (size_of(first) or [0])[0] != (size_of(source) or [0])[0]:
-                die(f"two files that differ would be {name_of(file)}: {' in '.join(map(str, [first['file'], *first.get('zip', [])[:1]]))} and "
-                    f"{' in '.join(map(str, [source['file'], *source.get('zip', [])[:1]]))}: move the wrong one out of --path")
+        name = name_of(file)
+        if name in wanted and os.path.splitext(file)[1].lower() in labels.AUDIO:
+            refuse_other(name, found.setdefault(name, source), source)
     return found
 
 
@@ -178,7 +186,7 @@ def prepare_mtat(folder, settings):
     files = find("mtat", SOURCES["mtat"])
     listed = labels.mtat(contents(files, "annotations_final.csv"), contents(files, "clip_info_final.csv", needed=False), protocol)
     settings.update(what=f"MagnaTagATune, {protocol} protocol, 50 tags", listed=labels.MTAT_CLIPS[protocol])
-    return prepare_clips(folder, settings, listed, by_name(files, lambda file: "/".join(file.split("/")[-2:])))
+    return prepare_clips(folder, settings, listed, by_name(files, lambda file: "/".join(file.split("/")[-2:]), listed))
 
 
 def prepare_fma(folder, settings):
@@ -187,14 +195,16 @@ def prepare_fma(folder, settings):
     what = {"medium_minus_small": "FMA, medium without small (17,000 tracks; what the paper's first version calls medium)",
             "medium": "FMA, medium (25,000 tracks, small ones included)", "small": "FMA, small (8,000 tracks)"}[subset]
     settings.update(what=what, listed=labels.FMA_TRACKS[subset])
-    return prepare_clips(folder, settings, labels.fma(contents(files, "tracks.csv"), subset), by_name(files, lambda file: file.split("/")[-1]))
+    listed = labels.fma(contents(files, "tracks.csv"), subset)
+    return prepare_clips(folder, settings, listed, by_name(files, lambda file: file.split("/")[-1], listed))
 
 
 def prepare_gtzan(folder, settings):
     if not path:
         die("GTZAN has no working official address any more: give --path=FOLDER, with genres/blues/blues.00000.wav (or .au) in it, unpacked")
-    sources = by_name(find("gtzan", []), lambda file: os.path.splitext(file.split("/")[-1])[0])
-    return prepare_clips(folder, {**settings, "what": "GTZAN, fault-filtered split 443 / 197 / 290"}, labels.gtzan(), sources)
+    listed = labels.gtzan()
+    sources = by_name(find("gtzan", []), lambda file: os.path.splitext(file.split("/")[-1])[0], listed)
+    return prepare_clips(folder, {**settings, "what": "GTZAN, fault-filtered split 443 / 197 / 290"}, listed, sources)
 
 
 def prepare_folder(folder, settings):
@@ -208,8 +218,8 @@ def prepare_folder(folder, settings):
         files = {i["name"]: {"file": os.path.join(root, i["name"])} for i in listed[1]}
         real = {}
         for name, source in files.items():
-            if real.setdefault(os.path.normpath(source["file"]), name) != name:
-                die(f"{csv}: {name} and {real[os.path.normpath(source['file'])]} are the same file")
+            if (first := real.setdefault(os.path.realpath(source["file"]), name)) != name:
+                die(f"{csv}: {name} and {first} are the same file")
         files = {name: source for name, source in files.items() if os.path.isfile(source["file"])}
         return prepare_clips(folder, {**settings, "what": f"clips of {csv}"}, listed, files)
     if separator or group:
@@ -262,7 +272,9 @@ def prepare_musdb(folder, settings):
     copies = {}
     for song in sorted(songs, key=lambda song: "zip" in next(t for t in songs[song] if isinstance(t, dict))):
         if labels.split_of_folder(song):  # of a song that lies there packed and unpacked, the unpacked one
-            copies.setdefault((labels.split_of_folder(song), song.split("/")[-1]), song)
+            first = copies.setdefault((labels.split_of_folder(song), song.split("/")[-1]), song)
+            for ours, other in zip(songs[first], songs[song]):
+                refuse_other(song.split("/")[-1], ours, other)
     songs = {song: songs[song] for song in sorted(copies.values())}
     if not songs:
         die(f"no train/*/mixture.wav nor train/*.stem.mp4 under {path or os.path.join(out, 'raw', key)}: --path must be the folder that holds train and test")
@@ -322,8 +334,6 @@ def main(argv=None):
     if len(names) != 1 or names[0] not in DATASETS:
         die(f"name one dataset: python prepare_data.py {'|'.join(DATASETS)}" + (f", not {' '.join(names)}" if names else ""))
     path, csv, out = os.path.expanduser(path), os.path.expanduser(csv), os.path.expanduser(out)
-    if csv and not os.path.isfile(csv):
-        die(f"csv={csv} is not a file")
     at_least(0, workers=workers, min_seconds=min_seconds, seed=seed)
     at_least(1, timeout=timeout, memory=memory)
     if len(shares) != 3 or not (min(shares) >= 0 and 0 < sum(shares) < 1e9):
@@ -337,11 +347,16 @@ def main(argv=None):
     if names == ["demo"]:
         return prepare_demo()
     folder = os.path.join(out, name or names[0])
-    if relabel or names[0] in ("folder", "stems") and not (path or csv):  # what is not given stays
+    old, listing = (collect.read_index(folder) or {"settings": {}})["settings"], False
+    if old.get("dataset") == names[0] and (relabel or names[0] in ("folder", "stems") and not (path or csv)):  # what is not given stays
         given = {a.removeprefix("--").partition("=")[0] for a in (sys.argv[1:] if argv is None else argv)}
-        old = (collect.read_index(folder) or {"settings": {}})["settings"]
-        globals().update({k: old[k] for k in KEPT & old.keys() - given if old.get("dataset") == names[0]})
+        globals().update({k: old[k] for k in KEPT & old.keys() - given})
+        listing = not (relabel or overwrite)
+    if csv and not listing and not os.path.isfile(csv):
+        die(f"csv={csv} is not a file")
     settings = settings_of(names[0])
+    if listing:
+        settings.update({k: old[k] for k in ("csv", "csv_sha256") if k in old})  # as it was then
     with collect.locked(folder):
         return collect.summarise(folder) if standing(folder, settings) else DATASETS[names[0]](folder, settings)
 

@@ -258,7 +258,8 @@ def claim_output(out, resume, overwrite):
 
 def same_run(old, new):
     """Ends the script if a resumed run was started with other settings than these, but for those that do not change its course."""
-    free = ("resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers")
+    free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers"]
+    free += ["data"] if "trained_on" in old else ["trained_on"]  # what training sees of the data, wherever it lies; older runs did not say
     changed = [f"{k}: {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k] and k not in free]
     if [c.partition(":")[0] for c in changed] == ["trained_on"]:
         die(f"the splits or labels in {new['data']} are not those that this run was started with: give it another --out, or --overwrite=True")

@@ -325,6 +325,14 @@ def test_splits_that_changed_since_training_are_noticed(demo, tmp_path):
     assert "other splits or labels than when" in run(*scoring, ok=False)
     assert "are not those that this run was started with" in run(*arguments, "--resume=True", ok=False)
     run(*scoring, f"--data={tmp_path}/clips")
+    a["split"], b["split"] = b["split"], a["split"]
+    (tmp_path / "clips" / "index.json").write_text(json.dumps(index))
+    (tmp_path / "clips").rename(tmp_path / "moved")                       # the same, elsewhere
+    run(*arguments, f"--data={tmp_path}/moved", "--resume=True")
+    state = torch.load(tmp_path / "a.resume", weights_only=True)
+    del state["config"]["trained_on"]                                     # as before it was written down
+    torch.save(state, tmp_path / "a.resume")
+    run(*arguments, f"--data={tmp_path}/moved", "--resume=True")
 
 
 def test_wrong_input_is_told_in_one_line(demo, separator, tail_only, tmp_path):

@@ -264,7 +264,9 @@ def test_gtzan_is_the_fault_filtered_split(tmp_path, capsys):
     assert Counter(i["split"] for i in items) == {"train": 443, "valid": 197, "test": 290} and len(classes["genre"]) == 10
     names = {i["name"] for i in items}
     faulty = next(n for n in (f"{genre}.{k:05d}" for genre in classes["genre"] for k in range(100)) if n not in names)
-    for name, extension in (("blues.00029", "wav"), ("rock.00040", "au"), (faulty, "wav")):
+    sound(tmp_path / "songs" / "1.wav", 5)
+    sound(tmp_path / "others" / "1.wav", 6)    # of no concern
+    for name, extension in (("blues.00029", "wav"), ("rock.00040", "au"), ("rock.00040", "wav"), (faulty, "wav")):
         sound(tmp_path / "genres" / name.split(".")[0] / f"{name}.{extension}", rate=22050)
     assert prepare(tmp_path / "out", "gtzan", f"--path={tmp_path}") == 3
     found = index_of(tmp_path / "out" / "gtzan")
@@ -302,7 +304,10 @@ def test_a_folder_per_class(tmp_path, capsys):
     assert "loose.wav is in no class" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--name=x")
     (tmp_path / "in" / "loose.wav").unlink()
     sound(tmp_path / "split" / "extra" / "a" / "0.wav")
-    assert "there is extra: a split is called" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'split'}", "--name=x")
+    for genre in ("training", "sleep"):
+        sound(tmp_path / "mood" / genre / "0.wav")
+    assert prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'mood'}", "--name=mood") == 0   # a class that is called like a split
+    assert "beside extra? Splits are called" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'split'}", "--name=x")
     (tmp_path / "up").mkdir()
     shutil.copytree(tmp_path / "in", tmp_path / "up" / "genres")
     assert "all files under" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'up'}", "--name=x")
@@ -363,8 +368,12 @@ def test_a_csv_with_several_labels_groups_and_its_own_splits(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "5 groups (artists, albums) have clips in more than one split" in said and "'b|c' is taken for one class" in said
     (tmp_path / "torn.csv").write_text("\n".join(",".join(line.split(",")[:4]) for line in ["path,label,artist,album", *lines]))
+    assert prepare(tmp_path / "out", "folder", "--name=torn") == 0                     # listed as it was
     assert "what the CSV says has changed" in prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'torn.csv'}", "--name=torn")
     assert prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'torn.csv'}", "--name=torn", "--relabel=True") == 0
+    (tmp_path / "torn.csv").unlink()
+    assert prepare(tmp_path / "out", "folder", "--name=torn") == 0
+    assert "torn.csv is not a file" in prepare(tmp_path / "out", "folder", "--name=torn", "--seed=2", "--relabel=True")
     homes = {(i["group"], i["split"]) for i in index_of(tmp_path / "out" / "torn")["items"]}
     assert len(homes) == 5 and len({split for _, split in homes}) == 3      # by album, as no artist is named
     (tmp_path / "wrong.csv").write_bytes("path,label\nä.wav,x".encode("latin-1"))
@@ -388,7 +397,11 @@ def test_splits_are_even_seeded_and_keep_groups_together():
     for kinds, groups, counts in (([[c] for c in range(200) for _ in range(3)], range(600), (480, 60, 60)),    # fewer clips than splits want
                                   ([[0]] * 200, np.arange(200) // 50, (100, 50, 50)), ([[]] * 4, range(4), (2, 1, 1))):
         few = Counter(labels.split_evenly(kinds, [str(g) for g in groups], [0.8, 0.1, 0.1], 1))
+        assert sum(few.values()) == len(kinds)
         assert [few[s] for s in data.SPLITS] == list(counts)
+    artists = np.repeat(np.arange(90), (250 / np.arange(1, 91) ** 1.1).astype(int) + 1)  # few have much: they belong into train
+    uneven = labels.split_evenly([[c] for c in rng.integers(0, 30, len(artists))], [str(a) for a in artists], [0.8, 0.1, 0.1], 1)
+    assert all(abs(uneven.count(s) / len(artists) - share) < 0.04 for s, share in zip(data.SPLITS, (0.8, 0.1, 0.1)))
     assert shuffled == [splits[i] for i in order] and splits != other_seed
 
 
@@ -452,6 +465,9 @@ def test_musdb_hq_takes_the_packages_validation_songs_and_no_ffmpeg(tmp_path, ca
     assert [(i["split"], i["name"]) for i in found["items"]] == [
         ("test", "Test - Song"), ("valid", "Actions - One Minute Smile"), ("train", "Other - Song"), ("train", "Some - Song")]
     assert "NOT COMPLETE: 2 / 1 / 1 instead of 86 / 14 / 50 songs" in capsys.readouterr().out
+    cut = tmp_path / "in" / "musdb18hq" / "train" / "Other - Song" / "vocals.wav"
+    cut.write_bytes(cut.read_bytes()[:60000])
+    assert "two files that differ would be Other - Song" in prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}", "--name=x")
     answer = prepare(tmp_path / "out", "musdb", "--name=x")
     assert "apt install ffmpeg" in answer and "--hq=True" in answer
     (tmp_path / "mp4" / "train").mkdir(parents=True)
