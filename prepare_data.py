@@ -81,7 +81,7 @@ def settings_of(dataset):
     keys = {"mtat": ["protocol"], "fma": ["subset"], "musdb": ["hq", "download"], "folder": ["csv", "separator", "group", "shares", "seed"],
             "stems": ["shares", "seed"]}.get(dataset, [])
     settings = {"dataset": dataset, "path": os.path.abspath(path) if path else "", "min_seconds": min_seconds, **{k: globals()[k] for k in keys}}
-    if os.path.isfile(csv):
+    if settings.get("csv") and os.path.isfile(csv):
         with open(csv, "rb") as f:
             settings.update(csv=os.path.abspath(csv), csv_sha256=hashlib.sha256(f.read()).hexdigest())
     return settings
