@@ -199,7 +199,7 @@ def split_evenly(labels, groups, shares, seed):
     """A split for each item such that every class is spread over train, valid and test in these shares, and no group is split up.
 
     Iterative stratification (Sechidis et al. 2011), whole groups at a time: the rarest class that is left first, its groups one by one to
-    the split that lacks most of it; of those that lack about as much, to the one that lacks most clips of any class. No split with a share is left
+    the split that lacks most of it; of those that lack about as much, to the one with room that lacks most of its clips. No split with a share is left
     empty if there are as many groups. The same for the same items and seed, whatever their order."""
     members = {}
     for number, group in enumerate(groups):
