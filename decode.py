@@ -301,7 +301,7 @@ def decode(job, rate):
         which = f"{os.path.basename(source['file'])}: " if len(job["tracks"]) > 1 else ""
         try:
             wave, its_rate, its_notes = (read_stream if "stream" in source else read_audio)(source)
-            peak = np.abs(wave).max(initial=0)
+            peak = max(wave.max(initial=0), -wave.min(initial=0))
             if not peak < LOUD:
                 raise Broken("has samples that are not numbers" if np.isnan(wave).any() else f"has samples of {peak:.3g} times full scale")
         except Broken as e:
@@ -316,10 +316,11 @@ def decode(job, rate):
         notes.append(f"its tracks differ by up to {uneven / rate:.1f} s: silence added")
     waves = [w if len(w) == length else np.pad(w, (0, length - len(w))) for w in waves]
     waves = [sum(waves) if source == "sum" else w for w, source in zip(waves, job["tracks"])]   # its own place holds zeros
-    loud = max(np.count_nonzero(np.abs(w) > 1) for w in waves)
+    audio = np.stack([to_int16(w) for w in waves])                                       # (tracks, length)
+    at_the_rails = audio.max() == 32767 or audio.min() == -32768
+    loud = max(np.count_nonzero(np.abs(w) > 1) for w in waves) if at_the_rails else 0
     if loud > length // 1000:
         notes.append(f"{100 * loud / length:.1f} % of its samples were beyond full scale and are clipped")
-    audio = np.stack([to_int16(w) for w in waves])                                       # (tracks, length)
     if max(audio[0].max(), -int(audio[0].min())) <= SILENT:
         if not job.get("published"):
             raise Broken("is silent")
