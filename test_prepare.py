@@ -1,5 +1,6 @@
 """
-Tests of prepare_data.py: each dataset from small files made here as its authors ship it; the published splits where they lie beside the project.
+Tests of prepare_data.py: each dataset of labelled clips from small files made here as its authors
+ship it; the published splits where they lie beside the project.
 
     python -m pytest -q test_prepare.py
 """
@@ -7,7 +8,6 @@ import io
 import json
 import lzma
 import shutil
-import subprocess
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -23,7 +23,6 @@ import prepare_data
 ROOT = Path(__file__).resolve().parent
 REAL = ROOT.parent / "shared" / "realdata"
 needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not there")
-needs_ffmpeg = pytest.mark.skipif(not (shutil.which("ffmpeg") and shutil.which("ffprobe")), reason="ffmpeg is not installed")
 RATE = 16000
 
 
@@ -403,89 +402,3 @@ def test_splits_are_even_seeded_and_keep_groups_together():
     uneven = labels.split_evenly([[c] for c in rng.integers(0, 30, len(artists))], [str(a) for a in artists], [0.8, 0.1, 0.1], 1)
     assert all(abs(uneven.count(s) / len(artists) - share) < 0.04 for s, share in zip(data.SPLITS, (0.8, 0.1, 0.1)))
     assert shuffled == [splits[i] for i in order] and splits != other_seed
-
-
-# -----------------------------------------------------------------------------
-# songs
-
-def test_any_songs_with_stems(tmp_path, capsys):
-    for k in range(10):
-        for n, stem in enumerate(("drums", "bass", "other", "vocals")):
-            if (k, stem) != (3, "bass"):
-                sound(tmp_path / "in" / f"song {k}" / f"{stem}.wav", 7, 44100, seed=10 * k + n)
-    sound(tmp_path / "in" / "song 0" / "mixture.wav", 7, 44100, seed=99)
-    sound(tmp_path / "in" / "only" / "mixture.wav", 7, 44100)
-    sound(tmp_path / "in" / "typo" / "voice.wav", 7, 44100)
-    sound(tmp_path / "in" / "nearly" / "bass.wav", 7, 44100)
-    sound(tmp_path / "in" / "nearly" / "vocal.wav", 7, 44100)
-    sound(tmp_path / "in" / "twice" / "bass.wav", 7, 44100)
-    sound(tmp_path / "in" / "twice" / "bass.flac", 7, 44100)
-    sound(tmp_path / "in" / "broken" / "bass.wav", 7, 44100)
-    (tmp_path / "in" / "broken" / "drums.wav").write_bytes(b"x" * 100)
-    assert prepare(tmp_path / "out", "stems", f"--path={tmp_path / 'in'}") == 3
-    songs = data.Prepared(str(tmp_path / "out" / "stems"), "stems")
-    found = {i["name"]: i for i in songs.index["items"]}
-    assert len(found) == 10 and Counter(i["split"] for i in found.values()) == {"train": 8, "valid": 1, "test": 1}
-    assert {e["name"]: e["reason"] for e in songs.index["left_out"]} == {
-        "only": "has a mixture, but no stems", "typo": "has no drums, bass, other, vocals, but voice.wav: give it its name, or move it away",
-        "nearly": "has no drums, other, vocals, but vocal.wav: give it its name, or move it away", "twice": "has two files for bass",
-        "broken": "drums.wav: not audio that libsndfile can read (wav, flac, ogg, mp3, aiff, au)"}
-    assert not songs.read(found["song 3"], "bass").any()
-    for name in ("song 2", "song 3"):
-        np.testing.assert_allclose(songs.read(found[name], "mixture"), sum(songs.read(found[name], t) for t in data.TRACKS[1:]), atol=3 / 32768)
-    assert np.abs(songs.read(found["song 0"], "mixture") - sum(songs.read(found["song 0"], t) for t in data.TRACKS[1:])).max() > 0.1
-
-    (tmp_path / "in" / "train").mkdir()
-    (tmp_path / "in" / "song 1").rename(tmp_path / "in" / "train" / "song 1")
-    assert "some songs lie in train/" in prepare(tmp_path / "out", "stems", f"--path={tmp_path / 'in'}", "--name=x")
-    assert "no song folders" in prepare(tmp_path / "out", "stems", f"--path={tmp_path / 'out'}", "--name=x")
-
-
-MUSDB = [("train", "Actions - One Minute Smile"), ("train", "Some - Song"), ("train", "Other - Song"), ("test", "Test - Song")]
-
-
-def test_musdb_hq_takes_the_packages_validation_songs_and_no_ffmpeg(tmp_path, capsys, monkeypatch):
-    for split, title in MUSDB:
-        for n, track in enumerate(data.TRACKS):
-            sound(tmp_path / "in" / split / title / f"{track}.wav", 7, 44100, seed=n)
-    monkeypatch.setenv("PATH", "/nonexistent")
-    with zipfile.ZipFile(tmp_path / "in" / "musdb18hq.zip", "w") as z:  # the same songs once more, still packed
-        for p in sorted((tmp_path / "in").rglob("*.wav")):
-            z.write(p, p.relative_to(tmp_path / "in"))
-    for split in ("train", "test"):
-        (tmp_path / "in" / "musdb18hq").mkdir(exist_ok=True)
-        (tmp_path / "in" / split).rename(tmp_path / "in" / "musdb18hq" / split)
-    for title, track in (("Some - Song", "bass"), ("Lost - Song", "drums")):  # of the first the archive has all
-        sound(tmp_path / "in" / "musdb18hq" / "train" / title / f"{track}.wav", 7, 44100)
-    (tmp_path / "in" / "musdb18hq" / "train" / "Some - Song" / "vocals.wav").unlink()
-    assert prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}") == 3
-    found = index_of(tmp_path / "out" / "musdb")
-    assert [(e["name"], e["reason"]) for e in found["left_out"]] == [("Lost - Song", "has no mixture, bass, other, vocals")]
-    assert not np.allclose(data.Prepared(str(tmp_path / "out" / "musdb"), "stems").read(found["items"][3], "vocals"), 0)
-    assert [(i["split"], i["name"]) for i in found["items"]] == [
-        ("test", "Test - Song"), ("valid", "Actions - One Minute Smile"), ("train", "Other - Song"), ("train", "Some - Song")]
-    assert "NOT COMPLETE: 2 / 1 / 1 instead of 86 / 14 / 50 songs" in capsys.readouterr().out
-    cut = tmp_path / "in" / "musdb18hq" / "train" / "Other - Song" / "vocals.wav"
-    cut.write_bytes(cut.read_bytes()[:60000])
-    assert "two files that differ would be Other - Song" in prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}", "--name=x")
-    answer = prepare(tmp_path / "out", "musdb", "--name=x")
-    assert "apt install ffmpeg" in answer and "--hq=True" in answer
-    (tmp_path / "mp4" / "train").mkdir(parents=True)
-    (tmp_path / "mp4" / "train" / "a.stem.mp4").write_bytes(b"x")
-    assert "--hq=True" in prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'mp4'}", "--name=x")
-    assert "no train/*/mixture.wav" in prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'out'}", "--name=x")
-
-
-@needs_ffmpeg
-def test_musdb_stem_files(tmp_path, capsys):
-    for n in range(5):
-        sound(tmp_path / f"{n}.wav", 7, 44100, seed=n)
-    arguments = [a for n in range(5) for a in ("-i", str(tmp_path / f"{n}.wav"))] + [a for n in range(5) for a in ("-map", str(n))]
-    for split, title in MUSDB:
-        (tmp_path / "in" / split).mkdir(parents=True, exist_ok=True)
-        subprocess.run(["ffmpeg", "-v", "error", *arguments, "-c:a", "aac", str(tmp_path / "in" / split / f"{title}.stem.mp4")], check=True)
-    (tmp_path / "in" / "train" / "broken.stem.mp4").write_bytes(b"x" * 1000)
-    assert prepare(tmp_path / "out", "musdb", f"--path={tmp_path / 'in'}") == 3
-    found = index_of(tmp_path / "out" / "musdb")
-    assert Counter(i["split"] for i in found["items"]) == {"train": 2, "valid": 1, "test": 1}
-    assert [e["name"] for e in found["left_out"]] == ["broken"] and "audio streams" in found["left_out"][0]["reason"]
