@@ -14,6 +14,7 @@ import functools
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -180,6 +181,9 @@ def open_chunk(raw):
     """Where a wav file's data chunk begins, if it says that it is empty and what follows are not other chunks, to the end."""
     at, data = 12, None
     while at + 8 <= len(raw):
+        if raw[at:at + 8] == bytes(8):  # no name and no size: minutes of silence, or padding
+            at += (re.compile(rb"\0*").match(raw, at).end() - at) // 8 * 8
+            continue
         size = int.from_bytes(raw[at + 4:at + 8], "little")
         data = at if raw[at:at + 4] == b"data" and not size else data
         at += 8 + size + size % 2

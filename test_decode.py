@@ -130,6 +130,10 @@ def test_a_wav_without_samples_is_not_read_on_into_its_tags(tmp_path):
     unclosed = raw[:at + 4] + bytes(4) + raw[at + 8:]                     # a recorder that was not closed: the samples follow
     (tmp_path / "unclosed.wav").write_bytes(unclosed)
     assert len(decode.read_audio({"file": str(tmp_path / "unclosed.wav")})[0]) == 16000
+    (tmp_path / "silence.wav").write_bytes(raw[:at + 4] + bytes(4) + bytes(100_000_000) + raw[at + 8:])
+    began = time.monotonic()
+    assert len(decode.read_audio({"file": str(tmp_path / "silence.wav")})[0]) == 50_000_000 + 16000
+    assert time.monotonic() - began < 5
     (tmp_path / "tags.wav").write_bytes(raw[:at + 4] + bytes(4) + b"id3 " + (60000).to_bytes(4, "little") + np.random.default_rng(0).bytes(60000))
     assert len(decode.read_audio({"file": str(tmp_path / "tags.wav")})[0]) == 0
 
