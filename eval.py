@@ -212,7 +212,7 @@ def evaluate_classifier(net, meta, path):
     targets, scores = clips.targets.numpy().astype(int), clip_scores(net, clips)
     measure = tag_metrics if net.multilabel else genre_metrics
     overall, spread = measure(targets, scores), interval(measure, targets, scores)
-    result = {"kind": "classifier", "classes": clips.classes, "metrics": overall, "interval": spread,
+    result = {"kind": "classifier", "classes": clips.classes, "clips": len(clips), "metrics": overall, "interval": spread,
               "per_class": per_class(targets, scores, clips.classes, net.multilabel)}
     print(f"{path}: {net.args['variant']} classifier of {len(clips.classes)} classes on {prepared.path}, {split}: {len(clips)} clips")
     print(f"{'class':24}{'clips':>7}{'ROC-AUC':>9}{'PR-AUC':>9}" + ("" if net.multilabel else f"{'recall':>9}"))
@@ -390,10 +390,11 @@ def main(paths):
         draw_curves(path, base(path) + "_curves.png")
         print(f"details and pictures: {base(path)}*\n")
         results[path] = result
-    if len(results) > 1 and all(r.get("classes") == result.get("classes") is not None for r in results.values()):  # one task, so one table
+    measured = [[r.get("clips"), [(c["class"], c["clips"]) for c in r.get("per_class", [])]] for r in results.values()]
+    if len(results) > 1 and result["kind"] == "classifier" and measured == measured[:1] * len(results):  # one test split, so one table
         summarise(results)
     elif len(results) > 1:
-        print("no common table: these checkpoints are not classifiers of the same classes")
+        print("no common table: these checkpoints are not all classifiers of the same classes, measured on the same clips")
 
 
 if __name__ == "__main__":

@@ -413,6 +413,17 @@ def test_evaluating_checkpoints(demo, separator, tail_only, tmp_path):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
     assert "--overwrite=True" in run("eval.py", tail_only, f"--out={tmp_path}", ok=False)
 
+    (tmp_path / "fewer").mkdir()
+    (tmp_path / "fewer" / "audio.int16").symlink_to(demo / "demo_clips" / "audio.int16")
+    index = json.loads((demo / "demo_clips" / "index.json").read_text())
+    index["items"] = index["items"][:-1]  # one test clip less: no common table, which would have one floor for both
+    (tmp_path / "fewer" / "index.json").write_text(json.dumps(index))
+    other = torch.load(tail_only, weights_only=True)
+    other["config"]["data"] = str(tmp_path / "fewer")
+    torch.save(other, tmp_path / "other.pt")
+    text = run("eval.py", tmp_path / "other.pt", tail_only, f"--out={tmp_path / 'two'}", "--bootstrap=5")
+    assert "no common table" in text and not (tmp_path / "two" / "summary.md").exists()
+
 
 def test_evaluating_a_genre_classifier_and_a_tensorflow_separator(demo, tmp_path):
     run("finetune_cls.py", *CLS, "--task=genre", "--variant=tail", f"--data={demo}/demo_clips", f"--out={tmp_path}/g.pt", "--epochs=0")
