@@ -7,6 +7,7 @@ audio.jsonl has one line per item: name, offset, length, silent (seconds without
 so that splits and labels can be changed without decoding again. What it says has reached the disk before it is said.
 """
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,12 +31,18 @@ AHEAD = {1: 16, 5: 2}       # clips or songs per thread that may wait in memory 
 def locked(folder):
     """Holds the folder for one process; the lock goes with the process, however it ends."""
     os.makedirs(os.path.dirname(folder) or ".", exist_ok=True)
-    lock = os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.lock")
+    lock = FileLock(os.path.join(os.path.dirname(folder), f".{os.path.basename(folder)}.lock"), timeout=0)
     try:
-        with FileLock(lock, timeout=0):
-            yield
+        lock.acquire()
     except Timeout:
-        die(f"another process is preparing {folder} (it holds {lock}): wait for it, or choose another --name")
+        die(f"another process is preparing {folder} (it holds {lock.lock_file}): wait for it, or choose another --name")
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS) or not os.path.exists(os.path.join(folder, "index.json")):
+            raise  # what can only be read can still be listed
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_index(folder):
@@ -228,7 +235,10 @@ def summarise(folder, seconds=None):
         print(f"NOT COMPLETE: {wanted:,} instead of {listed:,} " + ("songs" if stems else "clips in its table, which is cut off or edited: numbers will "
                                                                      "not compare with those of others"))
     print_gaps(found)
-    return 3 if unexpected or counts != whole or wanted != listed else 0
+    damaged = [i["name"] for i in items if journal[i["name"]].get("damaged")]
+    if damaged:
+        print(f"DAMAGED: {len(damaged):,} {'songs' if stems else 'files'} are kept as far as they could be read, such as {damaged[0]}")
+    return 3 if unexpected or damaged or counts != whole or wanted != listed else 0
 
 
 def print_classes(found):

@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,15 +85,19 @@ def open_zip(paths):
 
 
 def open_source(source):
-    """A binary file, at its beginning."""
+    """A binary file, at its beginning. What is in an archive goes to a temporary file, so that it is read just as if it lay unpacked."""
     if "zip" not in source:
         return open(source["file"], "rb", buffering=0)
     try:
-        return io.BytesIO(open_zip(tuple(source["zip"])).read(source["file"]))
+        member = open_zip(tuple(source["zip"])).read(source["file"])
     except MemoryError:
         raise
     except Exception as e:  # damaged, cut off, encrypted, of unknown method: zipfile and its decompressors have no common class of error
         raise Broken(f"cannot be taken out of its archive ({e})") from e
+    unpacked = tempfile.TemporaryFile()
+    unpacked.write(member)
+    unpacked.seek(0)
+    return unpacked.detach()
 
 
 class Sound(sf.SoundFile):
@@ -159,12 +164,17 @@ def decode_blocks(stream, block=None):
     return (pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.float32), *pieces])), sound, error
 
 
+def length_tags(raw):
+    """Where an mp3 says how long it is: behind the tag with the title and the picture, which may have such letters in it too."""
+    begin = 10 + sum((byte & 127) << shift for byte, shift in zip(raw[6:10], (21, 14, 7, 0))) if raw[:3] == b"ID3" else 0
+    return [at for tag in LENGTH_TAGS if (at := raw.find(tag, begin, begin + 65536)) >= 0]
+
+
 def without_length(raw, format, read, used):
     """The file with its header's length taken out, or None where that is not known to be safe (ogg: the note says what is lost)."""
     if format == "MP3":
-        for tag in LENGTH_TAGS:
-            at = raw.find(tag, 0, 65536)
-            raw[at:at + 4] = raw[at:at + 4] if at < 0 else bytes(4)
+        for at in length_tags(raw):
+            raw[at:at + 4] = bytes(4)
         return Overlong(bytes(raw))
     if format == "FLAC" and raw[:4] == b"fLaC" and used < 0.98 * len(raw):
         raw[21:26] = bytes([raw[21] & 0xF0, 0, 0, 0, 0])            # 36 bits: unknown
@@ -190,6 +200,12 @@ def open_chunk(raw):
     return data if at != len(raw) else None
 
 
+def ends(ogg):
+    """Whether the last page in the last bytes of an ogg file is whole, and says that it is the last (RFC 3533)."""
+    _, mark, page = ogg.rpartition(b"OggS")                          # version, flags, 20 bytes, number of segments, their lengths, segments
+    return bool(mark) and len(page) > 22 and bool(page[1] & 4) and len(page) >= 23 + page[22] + sum(page[23:23 + page[22]])
+
+
 def read_audio(source):
     """(mono float32 (N,), sample rate, notes) of an audio file: every sample that libsndfile can decode, whatever its header says.
 
@@ -203,20 +219,27 @@ def read_audio(source):
         if not error and len(wave) >= sound.frames and used < size:  # ended by its header, not by its bytes
             stream.seek(0)
             raw = bytearray(stream.read())
-            padding = GAPLESS if sound.format == "MP3" and any(tag in raw[:65536] for tag in LENGTH_TAGS) else 0
+            padding = GAPLESS if sound.format == "MP3" and length_tags(raw) else 0
             patched = without_length(raw, sound.format, len(wave), used)
             longer, _, problem = decode_blocks(patched) if patched else ([], None, None)
             if len(longer) > len(wave) + padding:
-                wave, used, error = longer, size, problem
-    notes, rate = [], sound.samplerate
+                wave, used, error = longer, min(size, patched.tell()), problem
+        notes, rate, claimed = [], sound.samplerate, sound.frames
+        if sound.format == "OGG":
+            stream.seek(max(0, size - (1 << 17)))
+            if not ends(stream.read()):
+                notes.append(f"its last page is missing: it may be cut off, after {len(wave) / rate:.1f} s")
+        if sound.format == "MP3" and len(wave) + rate < claimed:
+            stream.seek(0)
+            claimed *= bool(length_tags(stream.read()))  # without, it is a guess, which takes the picture for music
     if error:
         notes.append(f"decoding broke off after {len(wave) / rate:.1f} s: {error}")
     elif used < size - max(1024, size // 50):  # what follows may be a tag
         notes.append(f"decoding stopped after {len(wave) / rate:.1f} s, at {used:,} of {size:,} bytes")
     elif "(should be" in sound.extra_info:  # libsndfile's report of a wav or aiff file
         notes.append("its header and its size do not agree: it may be cut off")
-    elif len(wave) + rate < sound.frames < 1e12:
-        notes.append(f"its header says {sound.frames / rate:.1f} s, it holds {len(wave) / rate:.1f} s")
+    elif len(wave) + rate < claimed < 1e12:
+        notes.append(f"its header says {claimed / rate:.1f} s, it holds {len(wave) / rate:.1f} s")
     return wave, rate, notes
 
 
@@ -235,7 +258,7 @@ def read_stream(source):
         if "zip" in source:  # ffmpeg has to seek in it
             path = os.path.join(folder, "song.mp4")
             with open(path, "wb") as f, open_source(source) as stream:
-                f.write(stream.getbuffer())
+                shutil.copyfileobj(stream, f)
         path = path if os.path.isabs(path) else os.path.join(".", path)  # so that no name is taken for an option or a protocol
         probe = ["ffprobe", "-v", "error", "-select_streams", "a", "-show_entries", "stream=sample_rate,channels", "-of", "json", path]
         streams = json.loads(call(probe).stdout or "{}").get("streams", [])
@@ -294,10 +317,11 @@ def to_int16(wave):
 # a job, done in a worker
 
 def decode(job, rate):
-    """({"length", "silent", "notes"}, int16 (tracks, length)) of a job, at `rate` Hz; silent is the number of silent seconds per track.
+    """({"length", "silent", "notes", "damaged"}, int16 (tracks, length)) of a job, at `rate` Hz; silent is the number of silent seconds per
+    track, and damaged says that a file may have more than could be read.
 
     Broken with the reason if it cannot be used."""
-    waves, notes = [], []
+    waves, notes, damaged = [], [], False
     for source in job["tracks"]:
         if not isinstance(source, dict):
             waves.append(np.zeros(0, np.float32))
@@ -312,12 +336,15 @@ def decode(job, rate):
             raise Broken(which + str(e)) from e
         waves.append(resample(wave, its_rate, rate))
         notes.extend(which + note for note in its_notes)
+        damaged = damaged or bool(its_notes)
     length = max(map(len, waves))
     if length < max(1, job["least"] * rate):
         raise Broken(f"is too short: {length / rate:.3f} s, --min_seconds={job['least']:g}" + "".join(f"; {note}" for note in notes))
     uneven = max(length - len(w) for w, source in zip(waves, job["tracks"]) if isinstance(source, dict))
     if uneven > 0.1 * rate:
-        notes.append(f"its tracks differ by up to {uneven / rate:.1f} s: silence added")
+        notes.append(f"its tracks differ by up to {uneven / rate:.1f} s" + (": silence added" if not damaged else ""))
+        if damaged:
+            raise Broken("; ".join(notes))
     waves = [w if len(w) == length else np.pad(w, (0, length - len(w))) for w in waves]
     waves = [sum(waves) if source == "sum" else w for w, source in zip(waves, job["tracks"])]   # its own place holds zeros
     audio = np.stack([to_int16(w) for w in waves])                                       # (tracks, length)
@@ -329,14 +356,14 @@ def decode(job, rate):
         if not job.get("published"):
             raise Broken("is silent")
         notes.append("is silent")  # a published split has it: numbers are to compare with those of others
-    return describe(audio, rate, notes)
+    return describe(audio, rate, notes, damaged)
 
 
-def describe(audio, rate, notes=()):
+def describe(audio, rate, notes=(), damaged=False):
     """The info of int16 (tracks, length), and itself."""
     seconds = audio[:, :audio.shape[1] // rate * rate].reshape(len(audio), -1, rate)     # (tracks, seconds, samples)
     silent = (seconds.max(2) <= QUIET) & (seconds.min(2) >= -QUIET)
-    return {"length": audio.shape[1], "silent": silent.sum(1).tolist(), "notes": list(notes)}, audio
+    return {"length": audio.shape[1], "silent": silent.sum(1).tolist(), "notes": list(notes), "damaged": damaged}, audio
 
 
 def work(rate, memory, seconds):

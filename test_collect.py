@@ -3,6 +3,7 @@ Tests of what happens to prepare_data.py on its way: kills, full disks, second p
 
     python -m pytest -q test_collect.py
 """
+import errno
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ import time
 
 import pytest
 
+import collect
 from test_prepare import RATE, ROOT, index_of, prepare, sound
 
 
@@ -176,3 +178,30 @@ def test_splits_and_labels_are_listed_and_changed_without_decoding(many, tmp_pat
     shutil.copytree(many / "in", tmp_path / "in")
     sound(tmp_path / "in" / "class 0" / "new.wav")
     assert "have not been decoded, such as class 0/new.wav" in prepare(tmp_path, "folder", f"--path={tmp_path / 'in'}", "--relabel=True")
+    (tmp_path / "in" / "class 0" / "new.wav").unlink()
+    for gone in sorted((tmp_path / "in" / "class 1").iterdir())[:5]:
+        gone.unlink()
+    assert prepare(tmp_path, "folder", f"--path={tmp_path / 'in'}", "--relabel=True") == 3
+    assert index_of(tmp_path / "folder")["items"] == new["items"]                   # what was decoded stays
+
+
+def test_what_can_only_be_read_is_listed(many, tmp_path, monkeypatch):
+    def refuse(lock):
+        raise PermissionError(errno.EACCES, "Permission denied", lock.lock_file)
+    shutil.copytree(many / "whole" / "folder", tmp_path / "folder")
+    monkeypatch.setattr(collect.FileLock, "acquire", refuse)
+    assert prepare(tmp_path, "folder") == 3
+    assert "Permission denied" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=new")
+
+
+def test_files_that_are_cut_off_show_in_the_exit_status(tmp_path, capsys):
+    for genre in "ab":
+        for k in range(3):
+            sound(tmp_path / "in" / genre / f"{k}.flac", 10, seed=k)
+    assert prepare(tmp_path, "folder", f"--path={tmp_path / 'in'}", "--name=whole") == 0
+    cut = tmp_path / "in" / "a" / "1.flac"
+    cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
+    capsys.readouterr()
+    assert prepare(tmp_path, "folder", f"--path={tmp_path / 'in'}", "--name=cut") == 3
+    said = capsys.readouterr().out
+    assert "DAMAGED: 1 files" in said and "such as a/1.flac" in said and len(index_of(tmp_path / "cut")["items"]) == 6
