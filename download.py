@@ -218,6 +218,8 @@ def walk(root):
                 folders.clear()
                 continue
             seen.add(os.path.realpath(base))
+            if not folders and not names:
+                print(f"passed over {base}: it is empty")
             folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
             starts.extend(os.path.join(base, f) for f in folders if os.path.islink(os.path.join(base, f)))
             yield from (os.path.join(base, file) for file in sorted(names))

@@ -8,6 +8,7 @@ import csv
 import io
 import posixpath
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -31,9 +32,9 @@ FMA_UNUSABLE = set("001486 005574 065753 080391 098558 098559 098560 098565 0985
                    "126981 127336 133297 143992".split())
 
 
-def table(raw, delimiter=","):
+def table(raw, delimiter=",", name=""):
     """(line number, cells) of the rows of a CSV file given as bytes, without blank ones. ValueError if it is not UTF-8 text, or if a row
-    has another number of cells than the first."""
+    has another number of cells than the first; it begins with `name`."""
     csv.field_size_limit(1 << 24)  # FMA's biographies are long
     try:
         rows, width = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=delimiter, strict=True), None
@@ -41,12 +42,12 @@ def table(raw, delimiter=","):
             if any(cell.strip() for cell in row):
                 width = width or len(row)
                 if len(row) != width:
-                    raise ValueError(f"line {rows.line_num} has {len(row)} cells instead of {width}: is the file complete?")
+                    raise ValueError(f"{name}line {rows.line_num} has {len(row)} cells instead of {width}: is the file complete?")
                 yield rows.line_num, row
     except UnicodeDecodeError as e:
-        raise ValueError(f"not UTF-8 text ({e}): save it as UTF-8") from e
+        raise ValueError(f"{name}not UTF-8 text ({e}): save it as UTF-8") from e
     except csv.Error as e:
-        raise ValueError(f"line {rows.line_num}: {e}") from e
+        raise ValueError(f"{name}line {rows.line_num}: {e}: is the file complete?") from e
 
 
 # -----------------------------------------------------------------------------
@@ -58,7 +59,7 @@ def mtat(annotations, clip_info, protocol):
     "clean" (Won et al. 2020 and the paper): clips with at least one of the 50 most frequent tags: 15,244 / 1,529 / 4,332.
     "full" (CLMR, MERT, ...): every clip, untagged ones with no tag at all: 18,706 / 1,825 / 5,329. Tags and clips are in the published
     clean split's order: tags by count, ties as in the file; clips by name."""
-    rows = [row for _, row in table(annotations, "\t")]
+    rows = [row for _, row in table(annotations, "\t", "annotations_final.csv: ")]
     header = rows.pop(0) if rows else []
     if header[:1] != ["clip_id"] or header[-1:] != ["mp3_path"] or len(header) < 52 or not rows:
         raise ValueError("annotations_final.csv must have clips, and the columns clip_id, the tags, mp3_path, separated by tabs")
@@ -70,7 +71,7 @@ def mtat(annotations, clip_info, protocol):
     cells = cells[:, top]                                                                # (clips, 50)
     titles = {}
     if clip_info:
-        info = [row for _, row in table(clip_info, "\t")]
+        info = [row for _, row in table(clip_info, "\t", "clip_info_final.csv: ")]
         if not info or not {"clip_id", "title", "artist"} <= set(info[0]):
             raise ValueError("clip_info_final.csv must have the columns clip_id, title and artist, separated by tabs")
         clip_id, title, artist = (info[0].index(column) for column in ("clip_id", "title", "artist"))
@@ -96,7 +97,7 @@ def mtat(annotations, clip_info, protocol):
 def fma(tracks, subset):
     """tracks.csv (bytes) of fma_metadata: "medium_minus_small" is what the paper's first version reports as medium, 17,000 tracks;
     "medium" all 25,000; "small" 8,000 of them. Genres are in the order of the authors' models, without those that the subset lacks."""
-    rows = [row for _, row in table(tracks)]
+    rows = [row for _, row in table(tracks, ",", "tracks.csv: ")]
     heads = list(zip(*rows[:3]))
     columns = {head[:2]: i for i, head in enumerate(heads)}
     missing = [f"({a}, {b})" for a, b in (("set", "split"), ("set", "subset"), ("track", "genre_top")) if (a, b) not in columns]
@@ -168,15 +169,17 @@ def from_csv(raw, separator, group):
     items, task = [], "tags" if separator else "genre"
     for line, row in rows:
         labels = sorted({l.strip() for l in row["label"].split(separator)} - {""}) if separator else [row["label"]]
+        if "\0" in row["path"]:
+            raise ValueError(f"line {line}: the path has a zero byte in it: save the table as text")
         if not row["path"] or labels == [""]:
             raise ValueError(f"line {line}: no {'label (only with --separator may there be none)' if row['path'] else 'path'}")
         if "split" in row and row["split"].lower() not in SPLIT_NAMES:
             raise ValueError(f"line {line}: split is {row['split']!r} instead of train, valid or test")
         row["path"] = posixpath.normpath(row["path"])
         items.append({"name": row["path"], "split": SPLIT_NAMES.get(row.get("split", "").lower()), task: labels, "group": row[group] or row["path"]})
-    names = [i["name"] for i in items]
-    if len(set(names)) < len(names):
-        raise ValueError(f"names {next(n for n in names if names.count(n) > 1)} twice")
+    twice = [name for name, count in Counter(i["name"] for i in items).items() if count > 1]
+    if twice or not items:
+        raise ValueError(f"names {twice[0]} twice" if twice else "has no rows")
     other = next((row["label"] for _, row in rows if set("|;") & set(row["label"])), "")
     if separator and other and not any(separator in row["label"] for _, row in rows):
         raise ValueError(f"no label has the separator {separator!r} in it, but there is {other!r}")

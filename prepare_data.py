@@ -11,7 +11,7 @@ Turns datasets into the prepared format that training reads (see data.py).
     python prepare_data.py stems --path=FOLDER             # your own songs: a folder each, with vocals.wav, drums.wav, bass.wav, other.wav
 
 Killed or out of disk, the same command goes on where it was. Once complete, it prints the summary again and does nothing else.
-Exit status: 0 all as expected, 1 an error, 3 prepared, but some files were left out unexpectedly (index.json says which and why).
+Exit status: 0 all as expected, 1 an error, 3 prepared, but some files were left out or cut off unexpectedly (index.json says which and why).
 """
 import errno
 import hashlib
@@ -207,6 +207,16 @@ def prepare_gtzan(folder, settings):
     return prepare_clips(folder, {**settings, "what": "GTZAN, fault-filtered split 443 / 197 / 290"}, listed, sources)
 
 
+def prepare_own(folder, settings, listed, files):
+    classes, real = listed[0].get("genre", []), {}
+    if len(classes) == 1:
+        die(f"all {settings['what']} are of one class, {classes[0]}: give one folder per class, or several labels with --csv=FILE")
+    for name, source in sorted(files.items()):
+        if (first := real.setdefault(os.path.realpath(source["file"]), name)) != name:
+            die(f"{first} and {name} are the same file: a clip has one place, or it may come into two splits")
+    return prepare_clips(folder, settings, listed, files)
+
+
 def prepare_folder(folder, settings):
     if csv:
         root = path or os.path.dirname(csv)
@@ -216,37 +226,33 @@ def prepare_folder(folder, settings):
             except ValueError as e:
                 die(f"{csv}: {e}")
         files = {i["name"]: {"file": os.path.join(root, i["name"])} for i in listed[1]}
-        real = {}
-        for name, source in files.items():
-            if (first := real.setdefault(os.path.realpath(source["file"]), name)) != name:
-                die(f"{csv}: {name} and {first} are the same file")
         files = {name: source for name, source in files.items() if os.path.isfile(source["file"])}
-        return prepare_clips(folder, {**settings, "what": f"clips of {csv}"}, listed, files)
+        return prepare_own(folder, {**settings, "what": f"clips of {csv}"}, listed, files)
     if separator or group:
         die("separator and group are for a table: give --csv=FILE, or leave them away")
     if not path:
         die("give --path=FOLDER with one folder of audio files per class, or --csv=FILE")
-    gone = relabel and not os.path.isdir(path)  # then what was decoded is what there is
-    every = {r["name"]: None for r in collect.read_journal(folder)} if gone else find("folder", [], archives=False)
+    every = find("folder", [], archives=False) if not relabel or os.path.isdir(path) else {}
+    if relabel:  # what was decoded stays, even if its file is gone
+        every = {r["name"]: {"file": os.path.join(path, r["name"])} for r in collect.read_journal(folder)} | every
     files = {name: source for name, source in every.items() if os.path.splitext(name)[1].lower() in labels.AUDIO}
     if len(files) < len(every):
         print(f"passed over {len(every) - len(files):,} files that are not audio, such as {next(n for n in every if n not in files)}")
     if not files:
         die(f"no audio files under {path}")
-    listed = labels.folder(sorted(files))
-    if len(listed[0]["genre"]) < 2:
-        die(f"all files under {path} are of one class, {listed[0]['genre'][0]}: --path must hold one folder per class")
-    return prepare_clips(folder, {**settings, "what": f"clips of {path}"}, listed, files)
+    return prepare_own(folder, {**settings, "what": f"clips of {path}"}, labels.folder(sorted(files)), files)
 
 
 def prepare_stems(folder, settings):
     if not path:
         die("give --path=FOLDER with one folder per song, each with vocals.wav, drums.wav, bass.wav, other.wav and, if there is one, mixture.wav")
-    if relabel and not os.path.isdir(path):
-        known, old = {r["name"] for r in collect.read_journal(folder)}, collect.read_index(folder)["left_out"]
-        sources, left_out = dict.fromkeys(sorted(known)), [entry for entry in old if entry["name"] not in known]
-    else:
+    if not relabel or os.path.isdir(path):
         sources, left_out = labels.song_sources(find("stems", [], archives=False), whole=False)
+    else:
+        sources, left_out = {}, collect.read_index(folder)["left_out"]
+    if relabel:  # what was decoded stays, even if its files are gone
+        sources = dict(sorted((dict.fromkeys(r["name"] for r in collect.read_journal(folder)) | sources).items()))
+        left_out = [entry for entry in left_out if entry["name"] not in sources]
     if not sources:
         such = f": {left_out[0]['name']} {left_out[0]['reason']}" if left_out else ""
         die(f"no song folders with vocals.wav, drums.wav, bass.wav or other.wav under {path}{such}")
@@ -348,7 +354,8 @@ def main(argv=None):
         return prepare_demo()
     folder = os.path.join(out, name or names[0])
     old, listing = (collect.read_index(folder) or {"settings": {}})["settings"], False
-    if old.get("dataset") == names[0] and (relabel or names[0] in ("folder", "stems") and not (path or csv)):  # what is not given stays
+    moved = csv and not os.path.isfile(csv) and os.path.abspath(csv) == old.get("csv")  # as it is complete, it is not needed
+    if old.get("dataset") == names[0] and (relabel or names[0] in ("folder", "stems") and (moved or not (path or csv))):  # what is not given stays
         given = {a.removeprefix("--").partition("=")[0] for a in (sys.argv[1:] if argv is None else argv)}
         globals().update({k: old[k] for k in KEPT & old.keys() - given})
         listing = not (relabel or overwrite)

@@ -309,8 +309,11 @@ def test_a_folder_per_class(tmp_path, capsys):
     assert "beside extra? Splits are called" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'split'}", "--name=x")
     (tmp_path / "up").mkdir()
     shutil.copytree(tmp_path / "in", tmp_path / "up" / "genres")
-    assert "all files under" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'up'}", "--name=x")
+    assert "are of one class" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'up'}", "--name=x")
     assert "give --csv=FILE" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--name=x", "--group=artist")
+    (tmp_path / "in" / "jazz" / "again.flac").symlink_to(tmp_path / "in" / "rock" / "album 0" / "00.flac")
+    assert "are the same file" in prepare(tmp_path / "out", "folder", f"--path={tmp_path / 'in'}", "--name=x")
+    (tmp_path / "in" / "jazz" / "again.flac").unlink()
     (tmp_path / "in" / "jazz" / "favourites").symlink_to(tmp_path / "in" / "rock")  # takes nothing away from rock
     (tmp_path / "elsewhere").mkdir()
     sound(tmp_path / "elsewhere" / "new.wav")
@@ -352,7 +355,8 @@ def test_a_csv_with_several_labels_groups_and_its_own_splits(tmp_path, capsys):
 
     for text, message in (("path,genre\na,b", "needs the columns path and label"), ("path,label\na.wav", "1 cells instead of 2"),
                           ("path,label,split\na.wav,x,devel", "split is 'devel'"), ("path,label\na.wav,x\na.wav,y", "names a.wav twice"),
-                          ("path,label\na.wav,", "line 2: no label"), ("", "needs the columns"), ("sep=;\npath;label", "delete that line"), ('path,label\na.wav,"x', "line 2")):
+                          ("path,label\na.wav,", "line 2: no label"), ("", "needs the columns"), ("sep=;\npath;label", "delete that line"), ('path,label\na.wav,"x', "line 2"),
+                          ("path,label\na\0.wav,x", "zero byte"), ("path,label\n", "has no rows")):
         (tmp_path / "wrong.csv").write_text(text)
         answer = prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'wrong.csv'}", "--name=x")
         assert message in answer and "wrong.csv" in answer, answer
@@ -372,6 +376,7 @@ def test_a_csv_with_several_labels_groups_and_its_own_splits(tmp_path, capsys):
     assert prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'torn.csv'}", "--name=torn", "--relabel=True") == 0
     (tmp_path / "torn.csv").unlink()
     assert prepare(tmp_path / "out", "folder", "--name=torn") == 0
+    assert prepare(tmp_path / "out", "folder", f"--csv={tmp_path / 'torn.csv'}", "--name=torn") == 0
     assert "torn.csv is not a file" in prepare(tmp_path / "out", "folder", "--name=torn", "--seed=2", "--relabel=True")
     homes = {(i["group"], i["split"]) for i in index_of(tmp_path / "out" / "torn")["items"]}
     assert len(homes) == 5 and len({split for _, split in homes}) == 3      # by album, as no artist is named
