@@ -14,7 +14,6 @@ import functools
 import io
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,9 +25,9 @@ from math import ceil, gcd
 import numpy as np
 import soundfile as sf
 
+import mend
+
 BLOCK = 1 << 21                     # samples that are decoded at once, at most
-LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")   # in the first frame of an mp3: how many frames there are, and mostly
-GAPLESS = 4 * 1152                          # how many samples at both ends, fewer than this, are not music
 QUIET = 33                          # int16: a second without a sample above -60 dB of full scale counts as silent
 # errors that say something about the machine: the run ends, and no file is given up for them
 NOT_THE_FILES = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOENT, errno.ENODEV, errno.ENOTCONN, errno.ESTALE}
@@ -108,32 +107,6 @@ class Sound(sf.SoundFile):
         return False
 
 
-class Overlong(io.BytesIO):
-    """A file that says it is 64 times as long as it is, so that mpg123, which estimates the length of an mp3 from its bit rate at the
-    start, does not stop before the end. The last 128 bytes, where it looks for a tag, are zeros."""
-
-    def __init__(self, raw):
-        super().__init__(raw)
-        self.at, self.end = 0, 64 * len(raw)
-
-    def tell(self):
-        return self.at
-
-    def seek(self, offset, whence=0):
-        self.at = offset + (0, self.at, self.end)[whence]
-        return self.at
-
-    def readinto(self, buffer):
-        n = min(len(buffer), self.end - self.at)
-        if self.at >= self.end - 128:
-            buffer[:n] = bytes(n)
-        else:
-            super().seek(self.at)
-            n = super().readinto(buffer)
-        self.at += n
-        return n
-
-
 def mono(frames):
     """The mean of the channels: (N, channels) float32 -> (N,)."""
     channels = frames.shape[1]
@@ -164,48 +137,6 @@ def decode_blocks(stream, block=None):
     return (pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, np.float32), *pieces])), sound, error
 
 
-def length_tags(raw):
-    """Where an mp3 says how long it is: behind the tag with the title and the picture, which may have such letters in it too."""
-    begin = 10 + sum((byte & 127) << shift for byte, shift in zip(raw[6:10], (21, 14, 7, 0))) if raw[:3] == b"ID3" else 0
-    return [at for tag in LENGTH_TAGS if (at := raw.find(tag, begin, begin + 65536)) >= 0]
-
-
-def without_length(raw, format, read, used):
-    """The file with its header's length taken out, or None where that is not known to be safe (ogg: the note says what is lost)."""
-    if format == "MP3":
-        for at in length_tags(raw):
-            raw[at:at + 4] = bytes(4)
-        return Overlong(bytes(raw))
-    if format == "FLAC" and raw[:4] == b"fLaC" and used < 0.98 * len(raw):
-        raw[21:26] = bytes([raw[21] & 0xF0, 0, 0, 0, 0])            # 36 bits: unknown
-    elif format == "AU" and raw[:4] == b".snd" and used < 0.98 * len(raw):
-        raw[8:12] = b"\xff" * 4                                     # unknown
-    elif format in ("WAV", "WAVEX") and read == 0 and (at := open_chunk(raw)):  # a recorder that was not closed
-        raw[at + 4:at + 8] = b"\xff" * 4
-    else:
-        return None
-    return io.BytesIO(bytes(raw))
-
-
-def open_chunk(raw):
-    """Where a wav file's data chunk begins, if it says that it is empty and what follows are not other chunks, to the end."""
-    at, data = 12, None
-    while at + 8 <= len(raw):
-        if raw[at:at + 8] == bytes(8):  # no name and no size: minutes of silence, or padding
-            at += (re.compile(rb"\0*").match(raw, at).end() - at) // 8 * 8
-            continue
-        size = int.from_bytes(raw[at + 4:at + 8], "little")
-        data = at if raw[at:at + 4] == b"data" and not size else data
-        at += 8 + size + size % 2
-    return data if at != len(raw) else None
-
-
-def ends(ogg):
-    """Whether the last page in the last bytes of an ogg file is whole, and says that it is the last (RFC 3533)."""
-    _, mark, page = ogg.rpartition(b"OggS")                          # version, flags, 20 bytes, number of segments, their lengths, segments
-    return bool(mark) and len(page) > 22 and bool(page[1] & 4) and len(page) >= 23 + page[22] + sum(page[23:23 + page[22]])
-
-
 def read_audio(source):
     """(mono float32 (N,), sample rate, notes) of an audio file: every sample that libsndfile can decode, whatever its header says.
 
@@ -214,27 +145,37 @@ def read_audio(source):
         size = stream.seek(0, os.SEEK_END)
         if size == 0:
             raise Broken("is empty (0 bytes)")
-        wave, sound, error = decode_blocks(stream)
-        used = stream.tell()
-        if not error and len(wave) >= sound.frames and used < size:  # ended by its header, not by its bytes
+        most = size - max(1024, size // 50)  # what follows may be a tag
+        try:
+            wave, sound, error = decode_blocks(stream)
+        except Broken as e:
+            wave, sound, error = np.zeros(0, np.float32), None, e
+            if not source["file"].lower().endswith((".mp3", ".mp2")):
+                raise
+        used, gaps, claimed = stream.tell(), 0, sound.frames if sound else 0
+        mp3 = not sound or sound.format == "MP3"
+        if mp3 and (error or used < most) or not error and len(wave) >= claimed and used < size:  # ended by damage, or by its header, not by its bytes
             stream.seek(0)
-            raw = bytearray(stream.read())
-            padding = GAPLESS if sound.format == "MP3" and length_tags(raw) else 0
-            patched = without_length(raw, sound.format, len(wave), used)
-            longer, _, problem = decode_blocks(patched) if patched else ([], None, None)
-            if len(longer) > len(wave) + padding:
-                wave, used, error = longer, min(size, patched.tell()), problem
-        notes, rate, claimed = [], sound.samplerate, sound.frames
+            found = mend.mended(bytearray(stream.read()), "MP3" if mp3 else sound.format, len(wave), used, len(wave) >= claimed)
+            if found and (sound or 2 * found.length > size):
+                longer, its_sound, problem = decode_blocks(found.file)
+                if len(longer) > len(wave) + found.padding:
+                    wave, sound, error, gaps, used = longer, sound or its_sound, problem, found.gaps, found.end - max(0, found.length - found.file.tell())
+        if not sound:
+            raise error
+        notes, rate = [], sound.samplerate
+        if gaps:
+            notes.append(f"{gaps:,} of {size:,} bytes, between its parts, are damaged or not music: left out")
         if sound.format == "OGG":
             stream.seek(max(0, size - (1 << 17)))
-            if not ends(stream.read()):
+            if not mend.ends(stream.read()):
                 notes.append(f"its last page is missing: it may be cut off, after {len(wave) / rate:.1f} s")
         if sound.format == "MP3" and len(wave) + rate < claimed:
             stream.seek(0)
-            claimed *= bool(length_tags(stream.read()))  # without, it is a guess, which takes the picture for music
+            claimed *= bool(mend.length_tags(stream.read()))  # without, it is a guess, which takes the picture for music
     if error:
         notes.append(f"decoding broke off after {len(wave) / rate:.1f} s: {error}")
-    elif used < size - max(1024, size // 50):  # what follows may be a tag
+    elif used < most:
         notes.append(f"decoding stopped after {len(wave) / rate:.1f} s, at {used:,} of {size:,} bytes")
     elif "(should be" in sound.extra_info:  # libsndfile's report of a wav or aiff file
         notes.append("its header and its size do not agree: it may be cut off")
@@ -382,9 +323,9 @@ def work(rate, memory, seconds):
             info, audio = decode(json.loads(line), rate)
         except Broken as e:
             info, audio = {"reason": str(e)}, b""
-        except (MemoryError, RuntimeError) as e:  # torch's out of memory is a RuntimeError
-            greedy = "memory" in f"{type(e).__name__} {e}".lower()
-            info, audio = {"reason": f"needs more than {memory >> 20} MB of memory" if greedy else repr(e)}, b""
+        except (MemoryError, RuntimeError, ImportError, SystemError) as e:  # torch: a RuntimeError, or, if it cannot even be loaded, the last two
+            greedy = not isinstance(e, RuntimeError) or "memory" in str(e).lower()
+            info, audio = {"reason": f"needs more than {memory >> 20} MB of memory (--memory)" if greedy else repr(e)}, b""
         except OSError as e:
             kind = "fatal" if e.errno in NOT_THE_FILES else "reason"
             info, audio = {kind: f"cannot be read: {e.strerror or e}" + (f" ({e.filename})" if kind == "fatal" else "")}, b""

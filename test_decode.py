@@ -3,6 +3,7 @@ Tests of decoding, resampling and the processes that do it: on files made here, 
 
     python -m pytest -q test_decode.py
 """
+import io
 import json
 import os
 import shutil
@@ -124,6 +125,29 @@ def test_the_header_of_an_mp3_is_not_believed(tmp_path):
     (tmp_path / "both.mp3").write_bytes(none + (tmp_path / "other.mp3").read_bytes())
     wave, _, notes = decode.read_audio({"file": str(tmp_path / "both.mp3")})        # the rate changes: the end is not read, and said to be missing
     assert abs(len(wave) - length) <= 3 * 1152 and "decoding stopped" in notes[0]
+
+
+@pytest.mark.parametrize("bit_rate", ["CONSTANT", "VARIABLE"])
+def test_a_damaged_mp3_is_read_on_behind_the_damage(tmp_path, bit_rate):
+    wave = np.concatenate([np.random.default_rng(0).uniform(-0.3, 0.3, 10 * 44100), tone(3000, 44100, 5)])
+    sf.write(tmp_path / "whole.mp3", wave, 44100, bitrate_mode=bit_rate)
+    raw, rng = (tmp_path / "whole.mp3").read_bytes(), np.random.default_rng(1)
+    lost_by_libsndfile = 0
+    for at in rng.integers(2000, len(raw) * 6 // 10, 20).tolist():
+        for damaged in (raw[:at] + raw[at + 1:], raw[:at] + rng.bytes(3000) + raw[at:], raw[:at] + raw[at + 700:]):
+            (tmp_path / "damaged.mp3").write_bytes(damaged)
+            lost_by_libsndfile += len(decode.decode_blocks(io.BytesIO(damaged))[0]) < 14 * 44100
+            got, rate, _ = decode.read_audio({"file": str(tmp_path / "damaged.mp3")})
+            assert rate == 44100 and abs(len(got) - len(wave)) <= 5 * 1152
+            assert np.abs(np.fft.rfft(got[-44100:])).argmax() == pytest.approx(3000, abs=2)   # the end of it is the end
+    assert lost_by_libsndfile > 10
+    front = (b"\0", rng.bytes(5000), raw[1000:2200])                  # not at the beginning of a frame: libsndfile takes it for no mp3
+    for junk in front:
+        (tmp_path / "damaged.mp3").write_bytes(junk + raw)
+        assert abs(len(decode.read_audio({"file": str(tmp_path / "damaged.mp3")})[0]) - len(wave)) <= 15 * 1152
+    (tmp_path / "damaged.wav").write_bytes(b"\0" + raw)
+    with pytest.raises(Broken):
+        decode.read_audio({"file": str(tmp_path / "damaged.wav")})
 
 
 def test_a_tag_at_the_end_does_not_bring_back_the_padding_of_an_mp3(tmp_path):
