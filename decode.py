@@ -159,8 +159,11 @@ def read_audio(source):
             found = mend.mended(bytearray(stream.read()), "MP3" if mp3 else sound.format, len(wave), used, len(wave) >= claimed)
             if found and (sound or 2 * found.length > size):
                 longer, its_sound, problem = decode_blocks(found.file)
+                end = found.end - max(0, found.length - found.file.tell())
                 if len(longer) > len(wave) + found.padding:
-                    wave, sound, error, gaps, used = longer, sound or its_sound, problem, found.gaps, found.end - max(0, found.length - found.file.tell())
+                    wave, sound, error, used, gaps = longer, sound or its_sound, problem, end, found.gaps
+                elif sound and mp3:  # there is no more
+                    error, used = problem, max(used, end)
         if not sound:
             raise error
         notes, rate = [], sound.samplerate
@@ -328,7 +331,7 @@ def work(rate, memory, seconds):
             info, audio = {"reason": f"needs more than {memory >> 20} MB of memory (--memory)" if greedy else repr(e)}, b""
         except OSError as e:
             kind = "fatal" if e.errno in NOT_THE_FILES else "reason"
-            info, audio = {kind: f"cannot be read: {e.strerror or e}" + (f" ({e.filename})" if kind == "fatal" else "")}, b""
+            info, audio = {kind: f"cannot be read: {e.strerror or e}" + (f" ({e.filename or tempfile.gettempdir()})" if kind == "fatal" else "")}, b""
         except Exception as e:  # an error of ours or of a library: the file is reported, the others go on
             info, audio = {"reason": f"{type(e).__name__}: {e}"}, b""
         answers.write(json.dumps(info).encode() + b"\n")

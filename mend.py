@@ -5,6 +5,7 @@ import io
 import re
 from typing import NamedTuple
 
+TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")     # of title, text and picture
 LENGTH_TAGS = (b"Xing", b"Info", b"VBRI")   # in the first frame of an mp3: how many frames there are, and mostly
 GAPLESS = 4 * 1152                          # how many samples at both ends, fewer than this, are not music
 
@@ -61,30 +62,31 @@ def frame(header):
 
 
 def mp3_frames(raw):
-    """(the frames of an mp3 that go with its first ones, joined; bytes between them that are left out; where the last one ends).
+    """(the frames of an mp3 that go with its first ones, joined; bytes between them that are left out, but for tags; where the last one ends, or
+    the tags behind it).
 
     A frame counts if it follows another or is followed by one: mpg123 takes the first thing like a header behind a gap, and libsndfile ends
     there if that has another rate."""
-    frames, kind, at, first, end = [], None, behind_id3(raw), 0, -1
+    frames, kind, at, end, gaps, others = [], None, behind_id3(raw), -1, 0, -1
     while header := HEADER.search(raw, at):
         at = header.start()
         its, length = frame(header)
         following = HEADER.match(raw, at + length)
         if kind in (None, its) and at + length <= len(raw) and (at == end or following and frame(following)[0] == its):
-            first = at if kind is None else first
+            gaps += at - end if kind and not raw.startswith(TAGS, end) else 0
             kind, end = its, at + length
             frames.append(raw[at:end])
             at = end
         else:
+            others = at if following and frame(following)[0] == its else others
             at += 1
-    music = b"".join(frames)
-    return music, end - first - len(music), end
+    return b"".join(frames), gaps, len(raw) if raw.startswith(TAGS, end) and others < end else end
 
 
 class Mended(NamedTuple):
     file: io.BytesIO    # for libsndfile
     length: int         # of what is in it, in bytes
-    end: int            # where the last of these bytes was
+    end: int            # where the last of these bytes was; what is behind is lost
     gaps: int = 0       # bytes between them that are left out
     padding: int = 0    # it may hold so many samples more that are not music
 

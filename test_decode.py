@@ -157,6 +157,12 @@ def test_a_tag_at_the_end_does_not_bring_back_the_padding_of_an_mp3(tmp_path):
     (tmp_path / "tagged.mp3").write_bytes(raw + b"TAG" + bytes(125))
     plain, tagged = (decode.read_audio({"file": str(tmp_path / name)}) for name in ("plain.mp3", "tagged.mp3"))
     assert len(plain[0]) == len(wave) and np.array_equal(plain[0], tagged[0]) and not tagged[2]
+    rng = np.random.default_rng(0)
+    for tail, damaged in ((b"APETAGEX" + rng.bytes(90_000), False), (b"LYRICSBEGIN" + bytes(20_000) + b"LYRICS200TAG" + bytes(125), False),
+                          (bytes(90_000), True), (rng.bytes(90_000), True)):              # a picture, words; a download that was not finished
+        (tmp_path / "tagged.mp3").write_bytes(raw + tail)
+        got, _, notes = decode.read_audio({"file": str(tmp_path / "tagged.mp3")})
+        assert np.array_equal(plain[0], got) and bool(notes) == damaged
 
 
 def test_a_wav_without_samples_is_not_read_on_into_its_tags(tmp_path):
