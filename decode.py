@@ -7,7 +7,7 @@ the stems of a song. A source is {"file": path} or {"zip": [paths of the parts],
 audio streams of an mp4 (by ffmpeg); or null for silence, or "sum" for the sum of the other tracks.
 
 What libsndfile says about a file is not believed: it ends files where their header says (an mp3 of variable bit rate without a table of
-contents can lose most of its length) and throws away what it decoded before an error.
+contents can lose most of its length) and throws away what it decoded before an error. Such files are mended (mend.py) and read again.
 """
 import errno
 import functools
