@@ -328,7 +328,7 @@ def work(rate, memory, seconds):
             info, audio = {"reason": str(e)}, b""
         except (MemoryError, RuntimeError, ImportError, SystemError) as e:  # torch: a RuntimeError, or, if it cannot even be loaded, the last two
             greedy = not isinstance(e, RuntimeError) or "memory" in str(e).lower()
-            info, audio = {"reason": f"needs more than {memory >> 20} MB of memory (--memory)" if greedy else repr(e)}, b""
+            info, audio = {"reason": f"needs more than {memory >> 20} MB of memory (--memory)" if greedy else repr(e), "ends": greedy}, b""
         except OSError as e:
             kind = "fatal" if e.errno in NOT_THE_FILES else "reason"
             info, audio = {kind: f"cannot be read: {e.strerror or e}" + (f" ({e.filename or tempfile.gettempdir()})" if kind == "fatal" else "")}, b""
@@ -339,6 +339,8 @@ def work(rate, memory, seconds):
         while view:
             view = view[answers.write(view):]
         alarm(0)
+        if info.get("ends"):  # its heap is full, and what it could not load is half loaded: the next file gets a new process
+            return
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ class Worker:
             late, self.deadline = time.monotonic() > self.deadline, float("inf")
             if answer and "fatal" in answer[0]:
                 raise OSError(f"{job['name']} {answer[0]['fatal']}: the same command goes on once this is mended")
+            if answer and answer[0].pop("ends", False):
+                self.stop(late)
             if answer:
                 return answer
             code = self.stop(late)
