@@ -1,5 +1,5 @@
 # make demo   the whole pipeline on synthetic music, about ten minutes on two cores; outputs in ckpt/, results/
-# make test   all tests
+# make test   ruff and all tests, about six minutes
 # Both build a virtual environment in $(VENV) first. The demo replaces what an earlier demo wrote.
 
 PYTHON ?= python3
@@ -18,7 +18,8 @@ $(VENV)/.complete: requirements.txt
 	touch $@
 
 test: $(VENV)/.complete
-	$(PY) -m pytest -q test_*.py
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
 
 demo: $(VENV)/.complete
 	$(PY) prepare_data.py demo

@@ -1,210 +1,290 @@
 """
-Prepared data: one memory-mapped file of int16 audio, 16 kHz mono, and an index; crops and random mixes drawn from it.
+Reads prepared data: one memory-mapped file of int16 audio, 16 kHz mono, and an index.
 
-    data/<name>/audio.int16    all audio, one after another, little-endian int16
-    data/<name>/index.json     format, kind, sample_rate, n_samples (of the whole file), items, left_out [{name, reason}]; and for the record
-                               whether leaving out was expected, notes [{name, note}] on odd files, the settings of prepare_data.py
-    data/<name>/audio.jsonl    what was decoded (see collect.py); training does not need it
+    data/<name>/audio.int16     all audio, one piece behind the other, little-endian int16
+    data/<name>/index.json      format, kind, sample_rate, n_samples, items, left_out, ...
+    data/<name>/journal.jsonl   what was decoded from which file; training does not need it
 
-An item has name, split (train, valid or test), offset and length, both in samples; it may have a title, and a group that is not split up.
-kind "stems": an item is a song; its five tracks TRACKS lie one after another, each `length` samples long.
-kind "clips": an item is a clip and also has the numbers of its classes under the name of each task, as in
-{"name": "a", "split": "train", "offset": 0, "length": 96000, "tags": [0, 7], "genre": [2]}; the index also has classes, the names of the
-classes of each task, as in {"tags": ["voice", ...], "genre": ["rock", ...]}, and multilabel, the tasks with several per clip, as in ["tags"].
+An item has name, split (train, valid or test), offset and length, both in samples. It may have a
+title, and a group that is not split up (an artist, an album).
 
-Every random number is a function of the seed and the number of the crop, so neither the batch size, the number of threads or processes,
-nor stopping and resuming changes what is drawn.
+kind "stems": an item is a song. Its five TRACKS lie one behind the other, `length` samples each.
+kind "clips": an item is a clip. It has the numbers of its classes under the name of each task:
+{"name": "a", "split": "train", "offset": 0, "length": 96000, "tags": [0, 7], "genre": [2]}.
+The index then has classes, the names per task: {"tags": ["voice", ...], "genre": ["rock", ...]}.
+It also has multilabel, the tasks with several classes per clip: ["tags"].
+
+prepare_data.py writes such folders, and so can you: `left_out` and all else is for the record.
+
+Every random number follows from the seed and the number of the crop. So batch size, threads,
+processes, stopping and resuming do not change what is drawn.
 """
 import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from model import CROP, SAMPLE_RATE
-from runtime import write_atomically
 
 FORMAT = 1
 TRACKS = ("mixture", "drums", "bass", "other", "vocals")
 SPLITS = ("train", "valid", "test")
-SEGMENT, SEGMENT_HOP = 6 * SAMPLE_RATE, 3 * SAMPLE_RATE      # pre-training draws from segments of 6 s every 3 s
-PARTS = {"vocals": 2, "other": 2, "drums": 2, "bass": 1}     # crops of each source in a multi-source mix
+SEGMENT = 6 * SAMPLE_RATE           # pre-training draws from segments of 6 s ...
+SEGMENT_HOP = 3 * SAMPLE_RATE       # ... every 3 s
+PARTS = {"vocals": 2, "other": 2, "drums": 2, "bass": 1}    # crops of each in a mix of all sources
+
+
+# -----------------------------------------------------------------------------
+# a prepared folder
+
+def read_index(path, kind):
+    """The index of a prepared folder, checked. ValueError with what to do if it does not fit."""
+    file = os.path.join(path, "index.json")
+    if not os.path.isfile(file):
+        raise ValueError(f"no prepared data in {path} (no index.json): make it with "
+                         "prepare_data.py, or name another folder with --data=")
+    with open(file, encoding="utf-8") as f:
+        try:
+            index = dict(json.load(f))
+        except (ValueError, TypeError) as e:
+            raise ValueError(f"{file} is damaged ({e}): run prepare_data.py again") from e
+    found = index.get("kind"), index.get("format")
+    if found != (kind, FORMAT):
+        needs = {"stems": "separation needs songs with stems",
+                 "clips": "classification needs labelled clips"}[kind]
+        raise ValueError(f"{file} holds {found[0]!r} in format {found[1]}, needed are {kind!r} "
+                         f"in format {FORMAT}: {needs}")
+    needed = {"sample_rate", "n_samples", "items"}
+    if kind == "clips":
+        needed |= {"classes", "multilabel"}
+    check_keys(index, needed, file)
+    if index["sample_rate"] != SAMPLE_RATE:
+        raise ValueError(f"{path} has audio at {index['sample_rate']} Hz, the networks need "
+                         f"{SAMPLE_RATE} Hz: prepare it again with prepare_data.py")
+    for item in index["items"]:
+        check_keys(item, {"name", "split", "offset", "length"}, file)
+        whole = type(item["offset"]) is int and type(item["length"]) is int
+        if not whole or item["split"] not in SPLITS:
+            raise ValueError(f"{file}: {item['name']} needs whole numbers as offset and length "
+                             f"and one of {', '.join(SPLITS)} as split")
+    return index
+
+
+def check_keys(entry, needed, file):
+    missing = sorted(needed - entry.keys())
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}: data.py describes the format")
 
 
 def to_float(samples):
-    """int16 to float32 in [-1, 1): the inverse of decode.to_int16."""
+    """int16 to float32 in [-1, 1): the inverse of audio.to_int16."""
     return samples.astype(np.float32) / 32768.0
 
 
 class Prepared:
-    """A prepared folder. items(split) are its index entries, read(item) the samples as float32 in [-1, 1].
+    """A prepared folder of one kind, "stems" or "clips".
 
-    ValueError with what to do if the folder is missing, unfinished, of another kind or sample rate, or does not fit its index."""
+    items(split) are its index entries, read(item) their samples as float32 in [-1, 1).
+    ValueError with what to do if the folder is missing, of another kind or sample rate, or does
+    not fit its index.
+    """
 
     def __init__(self, path, kind):
-        index = os.path.join(path, "index.json")
-        if not os.path.isfile(index):
-            raise ValueError(f"no prepared data in {path} (no index.json): make it with prepare_data.py, or name another folder with --data=")
-        with open(index, encoding="utf-8") as f:
-            try:
-                self.index = dict(json.load(f))
-            except (ValueError, TypeError) as e:
-                raise ValueError(f"{index} is damaged ({e}): prepare it again with --overwrite=True") from e
-        needed = {"format", "kind", "sample_rate", "n_samples", "items"} | ({"classes", "multilabel"} if kind == "clips" else set())
-        missing = needed - self.index.keys() if self.index.get("kind") == kind else set()
-        missing |= {k for item in self.index.get("items", []) for k in {"name", "split", "offset", "length"} - item.keys()}
-        wrong = [i for i in self.index.get("items", []) if not missing and (
-            i["split"] not in SPLITS or any(type(i[k]) is not int for k in ("offset", "length")))]
-        if wrong:
-            raise ValueError(f"{index}: {wrong[0]['name']} needs whole numbers as offset and length and one of {', '.join(SPLITS)} as split")
-        if missing:
-            raise ValueError(f"{index} lacks {', '.join(sorted(missing))}: data.py describes the format")
-        if self.index.get("format") != FORMAT or self.index.get("kind") != kind:
-            raise ValueError(f"{index} holds {self.index.get('kind')!r} in format {self.index.get('format')}, needed are {kind!r} in format "
-                             f"{FORMAT}: " + ("separation needs songs with stems" if kind == "stems" else "classification needs labelled clips"))
-        if self.index["sample_rate"] != SAMPLE_RATE:
-            raise ValueError(f"{path} has audio at {self.index['sample_rate']} Hz, the networks need {SAMPLE_RATE} Hz: "
-                             "prepare it again with prepare_data.py")
-        self.path, self.audio_path, self._items = path, os.path.join(path, "audio.int16"), self.index["items"]
+        self.path = path
+        self.index = read_index(path, kind)
+        self.audio_path = os.path.join(path, "audio.int16")
+
+        # the audio may be longer than the index says: preparing only ever adds to it
         size = os.path.getsize(self.audio_path) if os.path.exists(self.audio_path) else 0
+        fits = size >= 2 * self.index["n_samples"]
         tracks = len(TRACKS) if kind == "stems" else 1
-        if size != 2 * self.index["n_samples"] or any(
-                i["offset"] < 0 or i["length"] <= 0 or i["offset"] + tracks * i["length"] > self.index["n_samples"] for i in self._items):
-            raise ValueError(f"{self.audio_path} ({size} bytes) does not fit its index: prepare it again with --overwrite=True")
+        for item in self.index["items"]:
+            end = item["offset"] + tracks * item["length"]
+            fits = fits and item["offset"] >= 0 < item["length"] and end <= self.index["n_samples"]
+        if not fits:
+            raise ValueError(f"{self.audio_path} ({size} bytes) does not fit its index: prepare "
+                             "it again with --overwrite=True")
         self.audio = np.memmap(self.audio_path, "<i2", "r")
 
     def trained_on(self):
-        """A hash of what training sees of the index: names, lengths, splits and labels in train and valid. Another one may have trained on what
-        is now in test."""
-        seen = [{k: v for k, v in i.items() if k not in ("offset", "title", "group")} for i in self._items if i["split"] != "test"]
-        return hashlib.sha256(json.dumps([seen, self.index.get("classes")], sort_keys=True).encode()).hexdigest()[:16]
+        """A hash of what training sees: names, lengths, splits and labels of train and valid.
+
+        With another hash, a network may have been trained on what is now in the test split.
+        """
+        unseen = ("offset", "title", "group")
+        seen = [{k: v for k, v in item.items() if k not in unseen}
+                for item in self.index["items"] if item["split"] != "test"]
+        text = json.dumps([seen, self.index.get("classes")], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def items(self, split):
-        chosen = [i for i in self._items if i["split"] == split]
+        chosen = [i for i in self.index["items"] if i["split"] == split]
         if not chosen:
             raise ValueError(f"{self.path} has nothing in its {split} split")
         return chosen
 
     def read(self, item, track=None, start=0, length=None):
-        """Samples start .. start + length of a clip, or of one track of a song: (length,) float32."""
-        at = item["offset"] + (TRACKS.index(track) * item["length"] if track else 0) + start
+        """Samples start .. start + length of a clip, or of one track of a song: (length,)."""
+        at = item["offset"] + start
+        if track:
+            at += TRACKS.index(track) * item["length"]
         return to_float(self.audio[at:at + (length or item["length"] - start)])
 
 
-class Mixes:
-    """Random mixes of crops of stems from different places, as the paper pre-trains (section "Random mixing").
+# -----------------------------------------------------------------------------
+# songs to learn separation from
 
-    One source: 2 crops of it plus 2 crops of accompaniments (the sum of the other stems). Several sources: 2 vocals + 2 other + 2 drums
-    + 1 bass. Each crop is 61,792 samples from a segment of 6 s, at the same offset for all segments of one mix; no gain change."""
+class Mixes:
+    """Random mixes of crops of stems from different places, as the paper pre-trains.
+
+    One source: 2 crops of it, and 2 crops of accompaniments (the sum of the other stems).
+    Several sources: 2 vocals, 2 other, 2 drums and 1 bass, of those that are wanted.
+    Each crop is 61,792 samples of a segment of 6 s. The offset in the segment is the same for all
+    crops of one mix. The gain is not changed. ValueError for unknown sources or too few songs.
+    """
 
     def __init__(self, data, split, sources, seed):
-        self.data, self.sources, self.seed = data, list(sources), [seed, SPLITS.index(split)]
+        self.data, self.sources = data, list(sources)
+        self.seed = [seed, SPLITS.index(split)]
         unknown = [s for s in self.sources if s not in TRACKS[1:]]
         if unknown or len(set(self.sources)) < len(self.sources) or not self.sources:
-            raise ValueError(f"sources must be some of {', '.join(TRACKS[1:])}, each once, got {', '.join(self.sources) or 'none'}")
-        self.segments = [(song, at) for song in data.items(split) for at in range(0, song["length"] - SEGMENT + 1, SEGMENT_HOP)]
-        self.parts = [(s, [s]) for s in self.sources for _ in range(PARTS[s])]
+            raise ValueError(f"sources must be some of {', '.join(TRACKS[1:])}, each once, got "
+                             f"{', '.join(self.sources) or 'none'}")
+        self.segments = [(song, at) for song in data.items(split)
+                         for at in range(0, song["length"] - SEGMENT + 1, SEGMENT_HOP)]
+
+        # (source that the crop counts for or None, tracks that are added up) of each crop
         if len(self.sources) == 1:
             rest = [t for t in TRACKS[1:] if t not in self.sources]
-            self.parts = [(sources[0], [sources[0]])] * 2 + [(None, rest)] * 2
+            self.parts = [(self.sources[0], self.sources)] * 2 + [(None, rest)] * 2
+        else:
+            self.parts = [(s, [s]) for s in self.sources for _ in range(PARTS[s])]
         if len(self.segments) < len(self.parts):
-            raise ValueError(f"{data.path} has {len(self.segments)} segments of 6 s in its {split} split, a mix needs {len(self.parts)}")
+            raise ValueError(f"{data.path} has {len(self.segments)} segments of 6 s in its "
+                             f"{split} split, a mix needs {len(self.parts)}")
 
     def mix(self, number):
         """(mixture (61792,), sources (S, 61792)) of mix `number` of the endless stream."""
         rng = np.random.default_rng([*self.seed, number])
         offset = int(rng.integers(SEGMENT - CROP + 1))
-        stems, mixture = np.zeros((len(self.sources), CROP), np.float32), np.zeros(CROP, np.float32)
         places = rng.choice(len(self.segments), len(self.parts), replace=False)
-        for (source, tracks), place in zip(self.parts, places):
+        stems = np.zeros((len(self.sources), CROP), np.float32)
+        mixture = np.zeros(CROP, np.float32)
+        for (source, tracks), place in zip(self.parts, places, strict=True):
             song, at = self.segments[place]
-            crop = sum(self.data.read(song, t, at + offset, CROP) for t in tracks)
+            crop = sum(self.data.read(song, track, at + offset, CROP) for track in tracks)
             mixture += crop
             if source:
                 stems[self.sources.index(source)] += crop
         return mixture, stems
 
     def batch(self, first, size):
-        """Mixes first .. first + size - 1: mixture (B, 61792) and sources (B, S, 61792) as tensors."""
-        mixtures, stems = zip(*(self.mix(first + i) for i in range(size)))
+        """Mixes first .. first + size - 1 as tensors: mixture (B, N) and sources (B, S, N)."""
+        mixtures, stems = zip(*(self.mix(first + i) for i in range(size)), strict=True)
         return torch.from_numpy(np.stack(mixtures)), torch.from_numpy(np.stack(stems))
 
+
+# -----------------------------------------------------------------------------
+# clips to learn labels from
 
 class Clips:
     """Labelled clips of one split: random crops to train on, whole clips to evaluate.
 
-    task is the label set, such as "tags" (several per clip: multi-hot targets) or "genre" (one per clip: class numbers)."""
+    `task` is the label set: "tags" (several per clip) or "genre" (one per clip), or what the index
+    has. targets is (clips, classes), 0 or 1. ValueError if the task or its labels do not fit.
+    """
 
     def __init__(self, data, split, task, seed=0):
-        tasks = data.index["classes"]
-        if not isinstance(tasks, dict) or not isinstance(data.index["multilabel"], list):
-            raise ValueError(f"{data.path}: classes must be a dictionary of lists and multilabel a list of tasks, as data.py describes")
+        tasks, multilabel = data.index["classes"], data.index["multilabel"]
+        if not isinstance(tasks, dict) or not isinstance(multilabel, list):
+            raise ValueError(f"{data.path}: classes must be a dictionary of lists and multilabel "
+                             "a list of tasks, as data.py describes")
         if task not in tasks:
-            raise ValueError(f"{data.path} has no task {task!r}, only {', '.join(tasks)}")
-        self.data, self.seed, self.classes, self.multilabel = data, seed, tasks[task], task in data.index["multilabel"]
+            raise ValueError(f"{data.path} has no task {task!r}, only {', '.join(tasks)}: choose "
+                             "with --task=")
+        self.data, self.seed = data, seed
+        self.classes, self.multilabel = tasks[task], task in multilabel
         self.items = [i for i in data.items(split) if task in i]
         if not self.items:
             raise ValueError(f"{data.path}: no {split} clip has {task}")
-        for item in self.items:
-            if not isinstance(item[task], list) or any(type(c) is not int or not 0 <= c < len(self.classes) for c in item[task]):
-                raise ValueError(f"{data.path}: {task} of {item['name']} must be a list of numbers from 0 to {len(self.classes) - 1}, got {item[task]}")
-        self.targets = torch.zeros(len(self.items), len(self.classes))                             # (clips, classes)
-        for row, item in zip(self.targets, self.items):
+
+        self.targets = torch.zeros(len(self.items), len(self.classes))          # (clips, classes)
+        for row, item in zip(self.targets, self.items, strict=True):
+            self.check_labels(item, task)
             row[item[task]] = 1.0
         if not self.multilabel and not (self.targets.sum(1) == 1).all():
             raise ValueError(f"{data.path}: {task} must be exactly one class per clip")
+
+    def check_labels(self, item, task):
+        labels, numbers = item[task], range(len(self.classes))
+        if not isinstance(labels, list) or any(type(c) is not int or c not in numbers
+                                               for c in labels):
+            raise ValueError(f"{self.data.path}: {task} of {item['name']} must be a list of "
+                             f"numbers from 0 to {len(self.classes) - 1}, got {labels}")
 
     def __len__(self):
         return len(self.items)
 
     def clip(self, number):
-        """(1, length) float32 tensor: the whole clip."""
+        """The whole clip: (1, length) float32."""
         return torch.from_numpy(self.data.read(self.items[number]))[None]
 
     def crops(self, number, most):
-        """(K, 61792): the first crops of a clip, end to end, at most `most` of them; a clip shorter than one ends in silence."""
+        """The first crops of a clip, end to end: (K, 61792), K at most `most`.
+
+        A clip that is shorter than one crop ends in silence.
+        """
         wave = self.clip(number)[0]
-        wave = torch.nn.functional.pad(wave, (0, max(0, CROP - len(wave))))
-        return wave.unfold(0, CROP, CROP)[:most]
+        wave = F.pad(wave, (0, max(0, CROP - len(wave))))
+        return wave.unfold(0, CROP, CROP)[:most]                                # (K, 61792)
 
     def order(self, epoch):
-        """The clips in the order of an epoch."""
+        """The numbers of the clips in the order of an epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
 
     def batch(self, epoch, numbers):
-        """One random crop of each clip of `numbers`: (B, 61792) and targets (B, classes). Clips shorter than a crop end in silence."""
+        """One random crop of each clip of `numbers`: waves (B, 61792), targets (B, classes).
+
+        Clips that are shorter than a crop end in silence.
+        """
         waves = np.zeros((len(numbers), CROP), np.float32)
-        for wave, number in zip(waves, numbers):
+        for wave, number in zip(waves, numbers, strict=True):
             item = self.items[number]
             room = max(0, item["length"] - CROP)
-            start = int(np.random.default_rng([self.seed, epoch, int(number)]).integers(room + 1))
+            rng = np.random.default_rng([self.seed, epoch, int(number)])
+            start = int(rng.integers(room + 1))
             crop = self.data.read(item, None, start, min(CROP, item["length"]))
             wave[:len(crop)] = crop
         return torch.from_numpy(waves), self.targets[numbers]
 
 
+# -----------------------------------------------------------------------------
+
 def prefetch(make, numbers, workers, pin=False, ahead=2):
-    """Yields make(n) for n in numbers, in order, at most `ahead` per thread computed before they are asked for (0 workers: here and now)."""
+    """Yields make(n) for n in numbers, in order, computed by `workers` threads.
+
+    At most `ahead` results per thread are made before they are asked for. With 0 workers each is
+    made when it is asked for. pin: tensors in pinned memory, which reach a GPU faster.
+    """
     def job(n):
-        return tuple(t.pin_memory() for t in make(n)) if pin else make(n)
+        made = make(n)
+        return tuple(t.pin_memory() for t in made) if pin else made
+
     if workers == 0:
         yield from map(job, numbers)
         return
     numbers = iter(numbers)
     pool = ThreadPoolExecutor(workers)
     try:
-        waiting = [pool.submit(job, n) for _, n in zip(range(ahead * workers), numbers)]
+        waiting = [pool.submit(job, n) for n in islice(numbers, ahead * workers)]
         while waiting:
             ready = waiting.pop(0).result()
-            waiting.extend(pool.submit(job, n) for _, n in zip(range(1), numbers))
+            waiting.extend(pool.submit(job, n) for n in islice(numbers, 1))
             yield ready
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # what still runs may hang
-
-
-def write_index(path, kind, items, n_samples, left_out, **more):
-    """The index, written last: its presence means that the folder is complete."""
-    index = dict(format=FORMAT, kind=kind, sample_rate=SAMPLE_RATE, n_samples=n_samples, **more, left_out=left_out, items=items)
-    write_atomically(json.dumps(index), os.path.join(path, "index.json"))

@@ -1,13 +1,18 @@
 """
-What every script here needs around its own work: a configuration, a device, a log, and files that are complete or not there.
+What the scripts need around their own work: settings, a device, whole files, meter and log.
 
-    config, rest = configure(globals())      # the script's own assignments < config/*.py < --key=value
+    config, names = runtime.configure(globals())    # own assignments < config/*.py < --key=value
+    runtime.script(main)                            # errors become one line and exit status 1
 """
 import ast
+import contextlib
 import ctypes
 import difflib
+import glob
 import json
+import math
 import os
+import signal
 import sys
 import time
 import tokenize
@@ -16,103 +21,198 @@ import types
 import torch
 import torch.distributed as dist
 
+from model import read_checkpoint
+
 
 def die(message):
     """Ends the script with one line that says what is wrong and what to do."""
     raise SystemExit(f"error: {message}")
 
 
+def clock(seconds):
+    """3725 -> '1h02m'."""
+    s = int(seconds + 0.5)
+    if s >= 6000:
+        return f"{s // 3600}h{s // 60 % 60:02d}m"
+    return f"{s}s" if s < 100 else f"{s // 60}m{s % 60:02d}s"
+
+
 # -----------------------------------------------------------------------------
-# configuration: plain assignments, overridden by Python files of assignments, overridden by --key=value
+# around main()
+
+def script(main):
+    """Runs main() and ends the process with the exit status that it returns (None is 0).
+
+    What goes wrong on a user's machine ends with one line and exit status 1. Other errors are
+    mistakes in the program, and keep their traceback.
+    """
+    # a file name may hold letters that the console cannot show
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        status = main()
+    except OSError as e:
+        die(f"{e.filename}: {e.strerror}" if e.filename else e)
+    except ImportError as e:
+        die(f"{e}: install what requirements.txt lists (pip install -r requirements.txt)")
+    except ValueError as e:
+        die(e)
+    except KeyboardInterrupt:
+        die("stopped")
+    except (MemoryError, RuntimeError) as e:
+        # that memory ran out, of the CPU or a GPU, PyTorch tells only by its words
+        words = ("out of memory", "not enough memory", "can't allocate memory")
+        if not isinstance(e, MemoryError) and not any(w in str(e) for w in words):
+            raise
+        keys = [f"--{key}" for key in ("batch_size", "workers") if key in main.__globals__]
+        die(f"out of memory: lower {' or '.join(keys) or 'the length of what it works on'}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(status)
+
+
+class Stop:
+    """Notes the first Ctrl-C or SIGTERM in `asked`. The second one ends the process at once."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
+
+    def note(self, number, frame):
+        self.asked = True
+        for other in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(other, signal.SIG_DFL)
+        # print() may be in use at this moment: write past it
+        os.write(2, b"stopping after this step; a second signal leaves at once\n")
+
+
+# -----------------------------------------------------------------------------
+# configuration: plain assignments, overridden by Python files of assignments and by --key=value
 
 def _documented_keys(path):
-    """{key: (default, comment)} of the lower-case literal assignments at the top level of a script."""
+    """{key: (default, comment)} of the lower-case literal assignments at the top of a script."""
     with tokenize.open(path) as f:
         source = f.read()
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokenize.generate_tokens(iter(source.splitlines(True)).__next__)
-                if t.type == tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(iter(source.splitlines(True)).__next__)
+    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
     keys = {}
     for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id.islower():
-            try:
-                keys[node.targets[0].id] = (ast.literal_eval(node.value), comments.get(node.end_lineno, ""))
-            except ValueError:
-                pass  # computed, not a setting
+        if not isinstance(node, ast.Assign) or not isinstance(node.targets[0], ast.Name):
+            continue
+        name = node.targets[0].id
+        try:
+            value = ast.literal_eval(node.value)
+        except ValueError:
+            continue  # computed, not a setting
+        if name.islower():
+            keys[name] = (value, comments.get(node.end_lineno, ""))
     return keys
 
 
 def _typed(key, value, default, where):
-    """value as the type of default: int where it loses nothing, int to float, tuple to list; else the script ends with a line."""
+    """value as the type of default: int and float where nothing is lost, tuple to list."""
     kind = type(default)
-    if kind is int and type(value) is float and value.is_integer() or kind is float and type(value) is int:
-        return kind(value)
+    if kind is int and type(value) is float and value.is_integer():
+        return int(value)
+    if kind is float and type(value) is int:
+        return float(value)
     if kind is list and type(value) in (list, tuple):
         return [_typed(key, v, default[0], where) if default else v for v in value]
     if type(value) is not kind:
-        die(f"{where}: {key} must be {'true or false (True / False)' if kind is bool else kind.__name__}, like {default!r}, got {value!r}")
+        name = "true or false (True / False)" if kind is bool else kind.__name__
+        die(f"{where}: {key} must be {name}, like {default!r}, got {value!r}")
     return value
 
 
-def _parse(key, text, default):
-    """The value that the text of --key=text stands for."""
+def _parse(text, default):
+    """The value that the text of --key=text stands for. A wrong type is found by _typed()."""
     if isinstance(default, str):
         return text
-    if isinstance(default, list) and text and not text.startswith("["):
-        text = repr(text.split(",")) if default and isinstance(default[0], str) else f"[{text}]"
+    if not isinstance(default, list) or text.startswith("["):
+        return _literal(text)
+    parts = text.split(",") if text else []
+    names = default and isinstance(default[0], str)
+    return parts if names else [_literal(part) for part in parts]
+
+
+def _literal(text):
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        return text  # of the wrong type: _typed says so
+        return text
 
 
 def _known(key, keys, where):
     if key not in keys:
         near = difflib.get_close_matches(key, keys, 1, 0.4)
-        die(f"{where}: unknown key {key!r}" + (f", did you mean {near[0]!r}?" if near else "") + " (--help lists all keys)")
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        die(f"{where}: unknown key {key!r}{hint} (--help lists all keys)")
 
 
 def _run_config(path):
     """The assignments of a config file, as a dictionary."""
     if not os.path.isfile(path):
-        die(f"no config file {path}" + ("" if path.endswith(".py") else "; options are written --key=value"))
+        hint = "" if path.endswith(".py") else "; options are written --key=value"
+        die(f"no config file {path}{hint}")
     scope = {"__file__": path}
     try:
         with tokenize.open(path) as f:
             exec(compile(f.read(), path, "exec"), scope)
-    except Exception as e:  # a config file is any Python: whatever it raises is a mistake in it, told with its place
+    except Exception as e:  # a config file is any Python: what it raises is told with its place
         die(f"{path}: {type(e).__name__}: {e}")
-    return {k: v for k, v in scope.items() if not k.startswith("_") and not isinstance(v, types.ModuleType) and not callable(v)}
+    imported = [k for k, v in scope.items() if isinstance(v, types.ModuleType) or callable(v)]
+    return {k: v for k, v in scope.items() if not k.startswith("_") and k not in imported}
 
 
-def configure(scope, argv=None, configs=True):
-    """Overrides the settings in `scope` (the globals() of a script) and returns (config, other positional arguments).
+def _expand_home(value):
+    """The value, with `~/` at the start of a text as the home folder."""
+    is_path = isinstance(value, str) and value.startswith("~/")
+    return os.path.expanduser(value) if is_path else value
 
-    Order of precedence: defaults in the script, config files in the order given, --key=value. With configs=False positional
-    arguments are the script's own. --help prints every key. SystemExit with one line for unknown keys and wrong types."""
+
+def configure(scope, argv=None, configs=True, more=()):
+    """Overrides the settings in `scope`, the globals() of a script; returns (config, rest).
+
+    Order of precedence: defaults in the script, config files in the order given, --key=value.
+    rest: the names of the config files; with configs=False all positional arguments, which then
+    are the script's own. `more` lists further Python files whose assignments are keys too; their
+    values are in config only. --help prints every key. SystemExit with one line for unknown keys
+    and wrong types.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    keys = _documented_keys(scope["__file__"])
+    own = _documented_keys(scope["__file__"])
+    keys = dict(own)
+    for path in more:
+        keys = {**_documented_keys(path), **keys}
     if "--help" in argv or "-h" in argv:
         print((scope["__doc__"] or "").strip() + "\n\nkeys, as --key=value:")
         for key, (default, comment) in keys.items():
-            print(f"  {key} = {default!r}".ljust(40) + (f"  # {comment}" if comment else ""))
+            print(f"{f'  {key} = {default!r}':40}  # {comment}")
         raise SystemExit(0)
-    config, rest, names = {key: default for key, (default, _) in keys.items()}, [], []
-    for path in [a for a in argv if not a.startswith("-")]:
-        if not configs:
-            rest.append(path)
-            continue
+
+    config = {key: default for key, (default, _) in keys.items()}
+    options = [a for a in argv if a.startswith("-")]
+    rest = [_expand_home(a) for a in argv if not a.startswith("-")]
+    for path in rest if configs else []:
         for key, value in _run_config(path).items():
             _known(key, keys, path)
             config[key] = _typed(key, value, keys[key][0], path)
-        names.append(os.path.splitext(os.path.basename(path))[0])
-    for arg in [a for a in argv if a.startswith("-")]:
-        key, equals, text = arg.removeprefix("--").partition("=")
-        if not arg.startswith("--") or not equals:
-            die(f"{arg}: options are written --key=value" + (f", like --{key}=True" if type(config.get(key)) is bool else ""))
+    for option in options:
+        key, equals, text = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not equals:
+            hint = f", like --{key}=True" if type(config.get(key)) is bool else ""
+            die(f"{option}: options are written --key=value{hint}")
         _known(key, keys, f"--{key}")
-        config[key] = _typed(key, _parse(key, text, keys[key][0]), keys[key][0], f"--{key}")
-    scope.update(config)
-    return config, (rest if not configs else names)
+        default = keys[key][0]
+        config[key] = _typed(key, _parse(text, default), default, f"--{key}")
+
+    config = {key: _expand_home(value) for key, value in config.items()}
+    scope.update({key: config[key] for key in own})
+    if configs:
+        rest = [os.path.splitext(os.path.basename(path))[0] for path in rest]
+    return config, rest
 
 
 def choose(key, value, allowed):
@@ -126,19 +226,41 @@ def at_least(least, **settings):
             die(f"{key} must be at least {least}, got {value}")
 
 
+def within(low, high, **settings):
+    for key, value in settings.items():
+        if not low <= value <= high:
+            die(f"{key} must be from {low} to {high}, got {value}")
+
+
+def check_numbers(config, *positive):
+    """No number may be NaN or infinite, the `positive` must be above 0, a seed has 32 bits."""
+    for key, value in config.items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                die(f"{key} must be a finite number, got {value}")
+            if key in positive and number <= 0:
+                die(f"{key} must be above 0, got {value}")
+    within(0, 2 ** 32 - 1, seed=config["seed"])
+
+
 # -----------------------------------------------------------------------------
 # device, processes, precision, compilation
 
+# what the convolutional parts of a network run in, see model.py
+AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
 def start(device):
-    """(device, rank, world size); joins the other processes when launched by torchrun. device '' takes CUDA where there is one."""
+    """(device, rank, world size); joins the other processes when torchrun started this one."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device.startswith("cuda") and not torch.cuda.is_available():
         die(f"device={device}, but this PyTorch sees no CUDA device: use --device=cpu")
+    rank, world, local_rank = _place_among_processes()
     if world > 1 and device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = f"cuda:{local_rank}"
     elif world > 1 and device != "cpu":
-        die(f"device={device} with {world} processes: use --device=cuda, and each takes a GPU of its own")
+        die(f"device={device} with {world} processes: use --device=cuda, and each takes a GPU of "
+            "its own")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
@@ -152,142 +274,226 @@ def start(device):
     return device, rank, world
 
 
+def _place_among_processes():
+    """(rank, world size, rank on this machine), from what torchrun leaves in the environment."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return 0, 1, 0
+    # schedulers set WORLD_SIZE too; waiting for processes that nobody started would never end
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [key for key in needed if key not in os.environ]
+    if missing:
+        print(f"note: WORLD_SIZE={world} is ignored, as {', '.join(missing)} is not set: this is "
+              "one process (torchrun starts several)", flush=True)
+        return 0, 1, 0
+    return int(os.environ["RANK"]), int(world), int(os.environ["LOCAL_RANK"])
+
+
 def keep_freed_memory():
-    """Tells glibc not to hand freed tensors back to the kernel, which gives them out again zeroed, page by page: a training step takes
-    1.6 times as long that way (LOG.md). Other C libraries do not have mallopt and are left alone."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    """Tells glibc to keep freed memory; other C libraries have no mallopt and are left alone.
+
+    Else the kernel gets it, and gives it out again zeroed: a training step takes 1.6 times as long.
+    """
+    on_linux = sys.platform == "linux"
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on_linux else None
     if mallopt:
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # as size_t: never
-
-
-def amp_dtype(dtype):
-    """None for float32; only the convolutional parts of a network run in the other two (see model.py)."""
-    choose("dtype", dtype, ["float32", "bfloat16", "float16"])
-    return None if dtype == "float32" else getattr(torch, dtype)
+        mallopt(-4, 0)      # M_MMAP_MAX
+        mallopt(-1, -1)     # M_TRIM_THRESHOLD, as size_t: never
 
 
 def compile_parts(parts, device):
-    """Compiles the modules in place, if torch.compile works here at all; else says so in one line and leaves them eager.
-
-    torch.compile() itself never fails, its first call does (no C++ compiler, no Triton, old GPU): so it is tried on a small net first."""
-    probe = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.LeakyReLU()).to(device)
+    """Compiles the modules in place, if torch.compile works here; else says so in one line."""
+    # torch.compile() never fails, its first call does (no C++ compiler, no Triton, an old GPU)
+    probe = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.LeakyReLU()).to(device)
     try:
         torch.compile(probe, dynamic=False)(torch.zeros(2, 1, 8, 8, device=device)).sum().backward()
     except Exception as e:  # the back ends fail in many ways of their own; each means: not here
-        print(f"torch.compile does not work here ({type(e).__name__}: {str(e).strip().splitlines()[0][:100]}): running without it")
+        reason = f"{type(e).__name__}: {str(e).strip()}".splitlines()[0][:120]
+        print(f"torch.compile does not work here ({reason}): running without it")
         return
-    print("compiling: the first step of training takes a minute or more (--compile=False does without)")
+    print("compiling: the first step takes a minute or more (--compile=False does without)")
     for part in parts:
         part.compile(dynamic=False)  # in place: the names of the weights stay as they are
-
-
-def sum_over_ranks(values, device):
-    """The element-wise sum of a list of numbers over all processes."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
 
 
 # -----------------------------------------------------------------------------
 # files
 
-def save_atomically(thing, path):
-    """torch.save under another name, then rename: what stands at `path` is always a whole file."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+@contextlib.contextmanager
+def _naming(path):
+    """A full disk does not say where it is full: its error gets the path."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+@contextlib.contextmanager
+def _atomic(path, mode, **options):
+    """Opens a file that comes to stand at `path` only when it is whole; else nothing is left."""
     temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "wb") as f:
-        torch.save(thing, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with _naming(path), open(temporary, mode, **options) as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 
 def write_atomically(text, path):
-    temporary = f"{path}.{os.getpid()}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
+    with _atomic(path, "w", encoding="utf-8") as f:
         f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
-def read_checkpoint(path):
-    """The dictionary in a .pt or .resume file: tensors and plain values, nothing that could run code. ValueError if it is anything else."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # torch.load has no error type of its own: zip, pickle, key and runtime errors all occur for broken files
-        raise ValueError(f"{path} cannot be read as a checkpoint ({type(e).__name__}): is it complete, and one of ours?") from e
-    if not isinstance(saved, dict) or not {"kind", "model", "args"} <= saved.keys():
-        raise ValueError(f"{path} is not a checkpoint of this project (no kind, args and model in it)")
-    return saved
+def save_atomically(thing, path):
+    """torch.save under another name, then rename: what stands at `path` is always whole."""
+    with _atomic(path, "wb") as f:
+        try:
+            torch.save(thing, f)
+        except RuntimeError as e:
+            # on a full disk closing the archive fails too, and hides the reason
+            raise (e.__context__ if isinstance(e.__context__, OSError) else e) from None
 
 
-def cpu_weights(net):
-    """The state dictionary on the CPU, so that a plain torch.load reads it anywhere."""
-    return {name: value.cpu() for name, value in net.state_dict().items()}
-
-
-def check_finite(net):
-    """A network with NaN or infinity in its weights or BatchNorm statistics is never saved."""
-    bad = [name for name, value in net.state_dict().items() if value.is_floating_point() and not torch.isfinite(value).all()]
+def finite_weights(net):
+    """The state dictionary on the CPU. NaN or infinity in it ends the script: it is never saved."""
+    weights = {name: value.cpu() for name, value in net.state_dict().items()}
+    bad = [name for name, value in weights.items() if not torch.isfinite(value).all()]
     if bad:
-        die(f"{len(bad)} tensors are no longer finite ({bad[0]}, ...): lower learning_rate, or use --dtype=bfloat16 or float32; nothing was saved")
+        die(f"{len(bad)} tensors are no longer finite ({bad[0]}, ...): lower learning_rate, or use "
+            "--dtype=bfloat16 or float32; nothing was saved")
+    return weights
 
 
-def claim_output(out, resume, overwrite):
-    """The resume file's contents, or None to start anew. Ends the script rather than write over a run that is there."""
-    last = out.removesuffix(".pt") + ".resume"
-    if not out.endswith(".pt"):
-        die(f"out={out} must end in .pt")
-    if resume:
-        if not os.path.isfile(last):
-            die(f"resume=True, but there is no {last} to go on from")
-        saved = read_checkpoint(last)
-        if not {"config", "best", "optimizer", "scaler"} <= saved.keys():
-            die(f"{last} holds a network, but not what resuming needs")
-        return saved
-    found = [p for p in (out, last, out.removesuffix(".pt") + ".jsonl") if os.path.exists(p)]
-    if found and not overwrite:
-        die(f"{found[0]} exists: --resume=True goes on with that run, --overwrite=True replaces it, --out=ckpt/NAME.pt writes elsewhere")
-    return None  # what is there is replaced by the first save of the new run, no sooner
+# -----------------------------------------------------------------------------
+# what both training loops need
+
+class Meter:
+    """Mean loss, speed and waiting since the last log line; `saved` is the state() at a stop."""
+
+    def __init__(self, saved=None):
+        self.reset()
+        if saved:
+            self.loss, self.count, self.waited = saved["loss"], saved["count"], saved["waited"]
+            self.began -= saved["spent"]
+
+    def reset(self):
+        self.loss, self.count, self.waited, self.began = 0.0, 0, 0.0, time.time()
+
+    def next_batch(self, batches, device):
+        """The next tensors of an iterator, on the device; the time that this takes is noted."""
+        asked = time.time()
+        tensors = [t.to(device, non_blocking=True) for t in next(batches)]
+        self.waited += time.time() - asked
+        return tensors
+
+    def add(self, loss):
+        """The sum stays on the device: reading it waits for the GPU."""
+        self.loss = self.loss + loss.detach()
+        self.count += 1
+
+    def read(self, step, batch_size):
+        """{loss, clips_per_s, data_wait}, then begins again. Ends the script at a NaN in any."""
+        loss, spent = float(self.loss) / self.count, time.time() - self.began
+        if not math.isfinite(loss):
+            die(f"the loss is {loss} at step {step}: lower learning_rate, set grad_clip, or use "
+                "--dtype=float32 or bfloat16")
+        found = {"loss": loss, "clips_per_s": round(self.count * batch_size / spent, 2),
+                 "data_wait": round(self.waited / spent, 4)}
+        self.reset()
+        return found
+
+    def state(self):
+        return {"loss": torch.as_tensor(self.loss).cpu(), "count": self.count,
+                "waited": self.waited, "spent": time.time() - self.began}
 
 
-def same_run(old, new):
-    """Ends the script if a resumed run was started with other settings than these, but for those that do not change its course."""
-    free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers"]
-    free += ["data"] if "trained_on" in old else ["trained_on"]  # what training sees of the data, wherever it lies; older runs did not say
-    changed = [f"{k}: {old.get(k)!r} -> {new[k]!r}" for k in new if old.get(k) != new[k] and k not in free]
-    if [c.partition(":")[0] for c in changed] == ["trained_on"]:
-        die(f"the splits or labels in {new['data']} are not those that this run was started with: give it another --out, or --overwrite=True")
-    if changed:
-        die(f"this run was started with other settings ({'; '.join(changed)}): give the same ones to resume it")
+class Run:
+    """The files of a training run: the best checkpoint, what resuming needs, and the log.
 
+    NAME.pt is `out`; NAME.resume and NAME.jsonl lie next to it. `saved` is what NAME.resume holds
+    if the run is resumed, else None. Ends the script rather than write over a run that is there.
+    """
 
-class Log:
-    """One entry to the screen and to a JSON-lines file. On resuming, entries from after the saved step are dropped: they come again."""
+    def __init__(self, out, resume, overwrite):
+        if not out.endswith(".pt"):
+            die(f"out={out} must end in .pt")
+        name = out.removesuffix(".pt")
+        self.files = self.out, self.last, self.log_path = out, name + ".resume", name + ".jsonl"
+        self.saved, self.started = None, time.time()
+        for path in self.files:
+            if os.path.islink(path) and not os.path.exists(path):
+                die(f"{path} is a link to {os.readlink(path)}, which does not exist: remove the "
+                    "link, or put the file back")
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        found = [path for path in self.files if os.path.exists(path)]
+        if resume:
+            self._read_last()
+        elif found and not overwrite:
+            die(f"{found[0]} exists: --resume=True goes on with that run, --overwrite=True "
+                "replaces it, --out=ckpt/NAME.pt writes elsewhere")
 
-    def __init__(self, path, resumed_at=None):
-        self.path, self.start = path, time.time()
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        kept = []
-        if resumed_at is not None and os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                whole = [line for line in f if line.endswith("\n")]
-            order = [(entry["step"], "val_loss" in entry) for entry in map(json.loads, whole)]
-            kept = [line for line, at in zip(whole, order) if at < (resumed_at, True)]  # validation follows saving, so it comes again
-        write_atomically("".join(kept), path)
+    def _read_last(self):
+        if not os.path.isfile(self.last):
+            die(f"resume=True, but there is no {self.last} to go on from")
+        self.saved = read_checkpoint(self.last)
+        if not {"config", "step", "best", "optimizer", "scaler"} <= self.saved.keys():
+            die(f"{self.last} holds a network, but not what resuming needs")
+        if math.isfinite(self.saved["best"]) and not os.path.isfile(self.out):
+            die(f"{self.out} is missing, the best checkpoint of this run so far (validation loss "
+                f"{self.saved['best']:.5f}): put it back, or start again with --overwrite=True")
 
-    def __call__(self, line, **entry):
+    def check_same(self, config):
+        """Ends the script if a resumed run was started with settings that change its course."""
+        old = self.saved["config"]
+        free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers"]
+        # what training sees of the data counts, wherever it lies; older runs did not note it
+        free.append("data" if "trained_on" in old else "trained_on")
+        changed = [key for key in config if old.get(key) != config[key] and key not in free]
+        if changed == ["trained_on"]:
+            die(f"the splits or labels in {config['data']} are not those that this run was started "
+                "with: give it another --out, or --overwrite=True")
+        if changed:
+            told = "; ".join(f"{key}: {old.get(key)!r} -> {config[key]!r}" for key in changed)
+            die(f"this run was started with other settings ({told}): resume it with the same")
+
+    def begin(self):
+        """Removes leftovers and opens the log; the process that writes calls this, once."""
+        for path in self.files:
+            for leftover in glob.glob(glob.escape(path) + ".*.tmp"):
+                os.remove(leftover)  # of a run that was killed while it saved
+        kept = log_until(self.log_path, self.saved["step"]) if self.saved else ""
+        write_atomically(kept, self.log_path)
+
+    def log(self, line, **entry):
+        """One entry to the screen, and to the file as a line of JSON."""
         print(line, flush=True)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write(json.dumps({**entry, "seconds": round(time.time() - self.start, 2)}) + "\n")
+        entry["seconds"] = round(time.time() - self.started, 2)
+        with _naming(self.log_path), open(self.log_path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
 
 
-def clock(seconds):
-    """3725 -> '1h02m'."""
-    s = int(seconds + 0.5)
-    return f"{s}s" if s < 100 else f"{s // 60}m{s % 60:02d}s" if s < 6000 else f"{s // 3600}h{s // 60 % 60:02d}m"
+def log_until(path, step):
+    """The text of a log up to a step. Damaged lines, as crashes leave them, are told, not kept."""
+    if not os.path.exists(path):
+        print(f"note: {path} is missing: the log begins here")
+        return ""
+    kept, damaged = "", 0
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                entry = json.loads(line)
+                place = entry["step"], "val_loss" in entry
+            except (ValueError, TypeError, KeyError):
+                damaged += 1
+                continue
+            # saving comes before validating, so the validation of this step comes again
+            if place < (step, True):
+                kept += line.rstrip("\n") + "\n"
+    if damaged:
+        print(f"note: {path}: {damaged} damaged lines are left out")
+    return kept

@@ -1,0 +1,251 @@
+"""What several test files need: scripts run as a user runs them, and small data and weights."""
+import json
+import os
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import model
+import prepare_data
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+REAL = SHARED / "realdata"
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not there")
+
+RATE = 16000
+NARROW = [4, 4, 4, 4, 4, 4]
+TAIL = [4, 4, 4, 4, 4, 4, 8]
+
+# the smallest settings with which the two training scripts do all that they do
+COMMON = ["--log_every=1", "--compile=False", "--device=cpu"]
+SEP = [f"--widths={NARROW}", "--batch_size=2", "--val_mixes=2", "--val_every=2", *COMMON]
+CLS = [f"--widths={NARROW}", f"--tail_widths={TAIL}", "--batch_size=4", "--epochs=2", *COMMON]
+
+
+# -----------------------------------------------------------------------------
+# running scripts
+
+def run(script, *args, ok=True, env=None):
+    """Runs a script as a user would; returns what it printed.
+
+    With ok=False it must end with one line that begins with "error: ", which is returned.
+    """
+    script = script if isinstance(script, list) else [script]
+    command = [sys.executable, *script, *map(str, args)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
+    if ok:
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+        return done.stdout
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr[-4000:]
+    assert done.stderr.strip().splitlines()[-1].startswith("error: "), done.stderr
+    return done.stderr
+
+
+def prepare(out, *args):
+    """Runs prepare_data.py in this process; returns the exit status, or the error line."""
+    try:
+        return prepare_data.main([*map(str, args), f"--out={out}"])
+    except (ValueError, OSError) as e:
+        return f"error: {e}"
+    except SystemExit as e:
+        return e.code
+
+
+# -----------------------------------------------------------------------------
+# small data
+
+def tone(hertz, rate, seconds, amplitude=0.5):
+    return amplitude * np.sin(2 * np.pi * hertz * np.arange(int(rate * seconds)) / rate)
+
+
+def sound(path, seconds=5.0, rate=RATE, seed=0, **options):
+    """Writes a file of noise; its format is that of its name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = 0.1 * np.random.default_rng(seed).standard_normal(int(rate * seconds))
+    sf.write(path, wave, rate, format=path.suffix[1:].upper(), **options)
+
+
+def encode(path, wave, rate, codec, streams=1, bit_rate=128_000):
+    """Writes (N,) or (N, channels) with one of FFmpeg's encoders."""
+    wave = np.atleast_2d(wave.T).astype(np.float32)                             # (C, N)
+    layout = "mono" if len(wave) == 1 else "stereo"
+    with av.open(str(path), "w") as out:
+        made = [out.add_stream(codec, rate=rate, layout=layout) for _ in range(streams)]
+        for k, stream in enumerate(made):
+            stream.bit_rate = bit_rate
+            resampler = av.AudioResampler(stream.format, layout, rate)
+            frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave / (k + 1)), "fltp", layout)
+            frame.sample_rate = rate
+            fifo = av.AudioFifo()
+            for part in resampler.resample(frame):
+                fifo.write(part)
+            while piece := fifo.read(stream.frame_size or 4096, True):
+                out.mux(stream.encode(piece))
+            out.mux(stream.encode(None))
+
+
+def wav_header(rate, channels, frames, samples):
+    """A 16-bit wav file whose header may say anything."""
+    size = frames * channels * 2
+    form = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * channels * 2 % 2 ** 32,
+                       channels * 2, 16)
+    riff = b"RIFF" + struct.pack("<I", (36 + size) % 2 ** 32) + b"WAVEfmt " + form
+    return riff + b"data" + struct.pack("<I", size % 2 ** 32) + samples.astype("<i2").tobytes()
+
+
+def index_of(folder):
+    return json.loads((folder / "index.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """A very small demo set: a folder with demo_songs and demo_clips."""
+    out = tmp_path_factory.mktemp("data")
+    run("prepare_data.py", "demo", f"--out={out}", "--songs=3,2,2", "--song_seconds=15",
+        "--clips=10,4,12", "--clip_seconds=6")
+    return out
+
+
+@pytest.fixture(scope="session")
+def separator(demo, tmp_path_factory):
+    """A separator trained for four steps."""
+    out = tmp_path_factory.mktemp("ckpt") / "sep.pt"
+    run("pretrain_sep.py", "config/vocals.py", *SEP, f"--data={demo}/demo_songs", f"--out={out}",
+        "--steps=4")
+    return out
+
+
+@pytest.fixture(scope="session")
+def tail_only(demo, tmp_path_factory):
+    """A tail-only tagger trained for two epochs."""
+    out = tmp_path_factory.mktemp("ckpt") / "tail.pt"
+    run("finetune_cls.py", "config/mtat.py", "config/tail.py", *CLS, f"--data={demo}/demo_clips",
+        f"--out={out}")
+    return out
+
+
+# -----------------------------------------------------------------------------
+# weights and logs
+
+def noise(*shape, seed=0):
+    return 0.1 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(net, seed=0):
+    """Gives weights and BatchNorm statistics no special values: swapping two of them shows."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in net.state_dict().items():
+        if not value.is_floating_point():
+            continue
+        scale = value.dim() == 1 and name.endswith("weight")
+        if scale or "running_var" in name:
+            value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
+        else:
+            value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+    return net.eval()
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same_weights(a, b):
+    a, b = weights_of(a), weights_of(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log_of(path):
+    """The entries of the log beside a checkpoint."""
+    log = Path(str(path).removesuffix(".pt") + ".jsonl")
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+# -----------------------------------------------------------------------------
+# TensorFlow checkpoints, as TensorFlow writes them
+
+def slow_crc(raw):
+    """CRC-32C bit by bit, from its definition."""
+    c = 0xFFFFFFFF
+    for byte in raw:
+        c ^= byte
+        for _ in range(8):
+            c = c >> 1 ^ (0x82F63B78 if c & 1 else 0)
+    return c ^ 0xFFFFFFFF
+
+
+def mask(c):
+    return ((c >> 15 | c << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def varint(n):
+    return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+
+
+def keras_tensors(net):
+    """{(layer number, name): array} of a network under Keras' names and in its layouts."""
+    found = {}
+    for n, m in enumerate(model.weighted_layers(net)):
+        w = m.weight.detach().numpy()
+        if w.ndim == 1:
+            found |= {(n, "gamma"): w, (n, "beta"): m.bias, (n, "moving_mean"): m.running_mean,
+                      (n, "moving_variance"): m.running_var}
+            continue
+        if w.ndim == 4:
+            w = w.transpose(2, 3, 1, 0)
+        elif m is net.tail.dense:  # Keras flattens (time, mel, channel)
+            w = w.reshape(len(w), -1, 2, 1).transpose(2, 3, 1, 0).reshape(-1, len(w))
+        else:
+            w = w.T
+        found |= {(n, "kernel"): w, (n, "bias"): m.bias}
+    return {key: np.ascontiguousarray(torch.as_tensor(value).detach().numpy(), "<f4")
+            for key, value in found.items()}
+
+
+def table_block(pairs, at):
+    """(bytes, handle) of a block of a LevelDB table that begins at byte `at`."""
+    body, last = b"", b""
+    for i, (key, value) in enumerate(pairs):
+        shared = len(os.path.commonprefix([key, last])) if i % 16 else 0
+        body += varint(shared) + varint(len(key) - shared) + varint(len(value))
+        body += key[shared:] + value
+        last = key
+    body += bytes(4) + (1).to_bytes(4, "little") + b"\0"
+    return body + mask(slow_crc(body)).to_bytes(4, "little"), varint(at) + varint(len(body) - 1)
+
+
+def write_tensorflow(net, prefix):
+    """Our weights as a TensorFlow checkpoint, plus an optimizer slot to be passed over."""
+    entries, raw = {}, b""
+    for (n, name), value in keras_tensors(net).items():
+        dims = [b"\x08" + varint(size) for size in value.shape]
+        shape = b"".join(b"\x12" + varint(len(dim)) + dim for dim in dims)
+        entry = b"\x08\x01\x12" + varint(len(shape)) + shape
+        entry += b"\x20" + varint(len(raw)) + b"\x28" + varint(value.nbytes)
+        crc = b"\x35" + mask(slow_crc(value.tobytes())).to_bytes(4, "little")
+        variable = f"layer_with_weights-{n}/{name}"
+        entries[f"{variable}/.ATTRIBUTES/VARIABLE_VALUE"] = entry + crc
+        entries[f"{variable}/.OPTIMIZER_SLOT/optimizer/m/.ATTRIBUTES/VARIABLE_VALUE"] = entry
+        raw += value.tobytes()
+
+    pairs, table, handles = sorted((k.encode(), v) for k, v in entries.items()), b"", []
+    for i in range(0, len(pairs), 50):  # several data blocks
+        written, handle = table_block(pairs[i:i + 50], len(table))
+        handles.append((pairs[i:i + 50][-1][0], handle))
+        table += written
+    meta, meta_handle = table_block([], len(table))
+    table += meta
+    index, index_handle = table_block(handles, len(table))
+    table += index + (meta_handle + index_handle).ljust(40, b"\0")
+    table += bytes.fromhex("57fb808b247547db")
+    Path(f"{prefix}.index").write_bytes(table)
+    Path(f"{prefix}.data-00000-of-00001").write_bytes(raw)

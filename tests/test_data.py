@@ -1,0 +1,168 @@
+"""
+Reading prepared data: mixes, clips, what does not fit; and the demo's synthetic music.
+
+    python -m pytest -q tests/test_data.py
+"""
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import index_of, prepare
+
+import data
+import model
+from prepare import demo as synthetic
+
+
+@pytest.fixture(scope="module")
+def small(demo):
+    return (data.Prepared(str(demo / "demo_songs"), "stems"),
+            data.Prepared(str(demo / "demo_clips"), "clips"))
+
+
+# -----------------------------------------------------------------------------
+# the demo's music
+
+def test_clips_are_labelled_with_what_sounds_in_them():
+    for i in range(12):
+        rng = np.random.default_rng([7, i])
+        song = synthetic.sketch(rng, full=i % 2 == 0)
+        tracks, tags = synthetic.render(song, 6 * 16000, rng), synthetic.labels(song)
+        assert set(tags) <= set(synthetic.TAGS) and song["genre"] in synthetic.GENRES
+        assert ("voice" in tags) == bool(np.any(tracks["vocals"]))
+        assert ("no drums" in tags) == (not np.any(tracks["drums"]))
+        total = sum(tracks[t] for t in data.TRACKS[1:])
+        np.testing.assert_allclose(tracks["mixture"], total, atol=1e-12)
+        assert max(np.abs(t).max() for t in tracks.values()) <= 0.9 + 1e-9
+
+
+def test_the_demo_depends_on_its_seed_alone(demo, tmp_path, capsys):
+    arguments = ["demo", "--songs=3,2,2", "--song_seconds=15", "--clips=10,4,12"]
+    assert prepare(tmp_path, *arguments) == 0
+    for name in ("demo_songs", "demo_clips"):
+        assert index_of(demo / name)["items"] == index_of(tmp_path / name)["items"]
+        ours, theirs = (root / name / "audio.int16" for root in (demo, tmp_path))
+        assert ours.read_bytes() == theirs.read_bytes()
+    assert prepare(tmp_path, *arguments) == 0
+    assert capsys.readouterr().out.count("nothing new to decode") == 2
+    assert "synthetic stems of 15 s, seed 1, not" in prepare(tmp_path, *arguments, "--seed=2")
+
+
+# -----------------------------------------------------------------------------
+# mixes
+
+def test_mixes_are_sums_and_follow_from_seed_and_number(small):
+    four = data.Mixes(small[0], "train", ["vocals", "other", "drums", "bass"], seed=3)
+    mixture, stems = four.batch(10, 3)
+    assert mixture.shape == (3, model.CROP) and stems.shape == (3, 4, model.CROP)
+    torch.testing.assert_close(stems.sum(1), mixture, atol=1e-6, rtol=0)
+    again = four.mix(12)
+    assert np.array_equal(again[0], mixture[2].numpy())
+    assert not np.array_equal(four.mix(13)[0], again[0])
+    other = data.Mixes(small[0], "train", four.sources, seed=4)
+    assert not np.array_equal(other.mix(12)[0], again[0])
+
+
+def test_a_mix_of_one_source_against_a_plain_loop(small):
+    songs = small[0]
+    one = data.Mixes(songs, "train", ["bass"], seed=3)
+    rng = np.random.default_rng([3, 0, 5])
+    offset = int(rng.integers(96_000 - model.CROP + 1))
+    places = rng.choice(len(one.segments), 4, replace=False)
+    assert len(set(places.tolist())) == 4
+    target, whole = np.zeros(model.CROP), np.zeros(model.CROP)
+    for k, place in enumerate(places):
+        song, at = one.segments[place]
+        crops = {t: songs.read(song, t).astype(np.float64)[at + offset:][:model.CROP]
+                 for t in data.TRACKS[1:]}
+        if k < 2:
+            target += crops["bass"]
+            whole += crops["bass"]
+        else:
+            whole += crops["drums"] + crops["other"] + crops["vocals"]
+    mixture, sources = one.mix(5)
+    np.testing.assert_allclose(sources[0], target, atol=1e-6)
+    np.testing.assert_allclose(mixture, whole, atol=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# clips
+
+def test_crops_are_pieces_of_their_clips(small):
+    clips = data.Clips(small[1], "train", "genre", seed=1)
+    waves, targets = clips.batch(0, [4, 7])
+    alone, _ = clips.batch(0, [7])
+    assert torch.equal(waves[1], alone[0])
+    assert not torch.equal(clips.batch(1, [7])[0], alone)
+    assert targets.shape == (2, 4) and (targets.sum(1) == 1).all()
+    whole = clips.clip(7)[0]
+    assert (whole.unfold(0, model.CROP, 1) == alone[0]).all(1).any()
+    assert torch.equal(clips.crops(7, 7), whole[:model.CROP][None])
+
+
+def test_an_epoch_is_a_seeded_order_of_all_clips(small):
+    clips = data.Clips(small[1], "train", "genre", seed=1)
+    assert sorted(clips.order(0)) == list(range(10))
+    assert list(clips.order(0)) != list(clips.order(1))
+
+
+def test_a_clip_that_is_shorter_than_a_crop_ends_in_silence(small):
+    clips = data.Clips(small[1], "train", "genre", seed=1)
+    clips.items[0] = {**clips.items[0], "length": 1000}
+    assert clips.batch(0, [0])[0][0, 1000:].abs().max() == 0
+    assert clips.crops(0, 7).shape == (1, model.CROP)
+
+
+def test_prefetching_keeps_the_order_and_passes_errors_on():
+    for workers in (0, 3):
+        squares = list(data.prefetch(lambda n: n * n, range(20), workers))
+        assert squares == [n * n for n in range(20)]
+    with pytest.raises(ZeroDivisionError):
+        list(data.prefetch(lambda n: 1 // n, range(3), 2))
+
+
+# -----------------------------------------------------------------------------
+# what does not fit
+
+ODD = {"name": "a", "split": "train", "offset": 0, "length": 9.0}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"sample_rate": 44100}, "44100 Hz"), ({"kind": "clips"}, "separation needs songs"),
+    ({"format": 99}, "format 99"), ({"n_samples": 10 ** 9}, "does not fit its index"),
+    ({"items": [ODD]}, "whole numbers"), ({"items": [{"name": "a"}]}, "lacks length, offset")])
+def test_an_index_that_does_not_fit_is_refused(demo, tmp_path, change, message):
+    index = index_of(demo / "demo_songs")
+    (tmp_path / "index.json").write_text(json.dumps({**index, **change}))
+    os.symlink(demo / "demo_songs" / "audio.int16", tmp_path / "audio.int16")
+    with pytest.raises(ValueError, match=message):
+        data.Prepared(str(tmp_path), "stems")
+
+
+def test_a_missing_folder_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match="make it with prepare_data.py"):
+        data.Prepared(str(tmp_path / "nowhere"), "clips")
+    (tmp_path / "index.json").write_text("[1")
+    with pytest.raises(ValueError, match="is damaged"):
+        data.Prepared(str(tmp_path), "clips")
+
+
+def test_labels_that_do_not_fit_are_refused(small, monkeypatch):
+    with pytest.raises(ValueError, match="no task 'mood', only tags, genre"):
+        data.Clips(small[1], "train", "mood")
+    item = small[1].items("train")[0]
+    for labels, message in (([99], "numbers from 0 to 3"), ([0, 1], "exactly one class")):
+        monkeypatch.setitem(item, "genre", labels)
+        with pytest.raises(ValueError, match=message):
+            data.Clips(small[1], "train", "genre")
+
+
+def test_what_was_trained_on_is_recognised(small, monkeypatch):
+    before = small[1].trained_on()
+    item = small[1].items("test")[0]
+    monkeypatch.setitem(item, "tags", [0])
+    assert small[1].trained_on() == before      # the test split is not trained on
+    monkeypatch.setitem(item, "split", "train")
+    assert small[1].trained_on() != before

@@ -1,0 +1,245 @@
+"""
+Your own clips: a folder per class, or a table.
+
+    python -m pytest -q tests/test_own.py
+"""
+import shutil
+import unicodedata
+from collections import Counter
+
+import numpy as np
+import pytest
+import soundfile as sf
+from conftest import encode, index_of, prepare, sound, tone
+
+from data import SPLITS, Clips, Prepared
+
+
+def own(root, *args, name="mine"):
+    """Prepares what lies in root/in; returns the exit status, or the error line."""
+    return prepare(root / "out", "folder", f"--name={name}", "--workers=1", *args)
+
+
+def of_folder(root, *args):
+    return own(root, f"--path={root / 'in'}", *args)
+
+
+def found(root, name="mine"):
+    return index_of(root / "out" / name)
+
+
+@pytest.fixture
+def genres(tmp_path):
+    """12 rock and 6 jazz clips in folders of albums."""
+    for genre, count in (("rock", 12), ("jazz", 6)):
+        for k in range(count):
+            sound(tmp_path / "in" / genre / f"album {k % 2}" / f"{k:02d}.flac", seed=k)
+    return tmp_path
+
+
+# -----------------------------------------------------------------------------
+# a folder per class
+
+def test_folders_are_classes_with_a_seeded_split(genres):
+    assert of_folder(genres) == 0
+    assert found(genres)["classes"] == {"genre": ["jazz", "rock"]}
+    for genre, train in ((1, 10), (0, 5)):
+        items = [item for item in found(genres)["items"] if item["genre"] == [genre]]
+        split = Counter(item["split"] for item in items)
+        assert abs(split["train"] - train) <= 1 and split["valid"] + split["test"] >= 1
+
+
+def test_other_files_are_passed_over_and_broken_ones_reported(genres, capsys):
+    (genres / "in" / "rock" / "cover.jpg").write_bytes(b"x")
+    (genres / "in" / "jazz" / "album 0" / "broken.mp3").write_bytes(b"x" * 1000)
+    assert of_folder(genres) == 3
+    said = capsys.readouterr().out
+    assert "passed over 1 files" in said and "broken.mp3: not audio" in said
+    assert len(found(genres)["items"]) == 18
+
+
+def test_every_format_may_be_mixed(tmp_path):
+    for k, (name, codec) in enumerate((("a.m4a", "aac"), ("a.opus", "libopus"), ("a.wma", "wmav2"),
+                                       ("a.webm", "libopus"), ("a.M4A", "alac"))):
+        for genre in "xy":
+            (tmp_path / "in" / genre).mkdir(parents=True, exist_ok=True)
+            encode(tmp_path / "in" / genre / f"{k}{name}", tone(440, 48000, 5), 48000, codec)
+    sf.write(tmp_path / "in" / "x" / "b.WAV", tone(440, 16000, 5), 16000, format="WAV")
+    assert of_folder(tmp_path) == 0 and len(found(tmp_path)["items"]) == 11
+
+
+def test_folders_may_be_splits(tmp_path):
+    for split in ("train", "Val", "test"):
+        for genre in "ab":
+            sound(tmp_path / "in" / split / genre / "0.wav")
+    assert of_folder(tmp_path) == 0
+    split = {item["name"].split("/")[0]: item["split"] for item in found(tmp_path)["items"]}
+    assert split == {"train": "train", "Val": "valid", "test": "test"}
+    assert found(tmp_path)["classes"] == {"genre": ["a", "b"]}
+    sound(tmp_path / "in" / "extra" / "a" / "0.wav")
+    assert "Splits are called train, valid and test" in of_folder(tmp_path)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path):
+    for genre in ("training", "sleep"):
+        sound(tmp_path / "in" / genre / "0.wav")
+    assert of_folder(tmp_path) == 0
+    assert found(tmp_path)["classes"] == {"genre": ["sleep", "training"]}
+
+
+def test_folders_that_hold_no_classes_are_told(genres):
+    (genres / "up").mkdir()
+    shutil.copytree(genres / "in", genres / "up" / "all")
+    assert "are of one class, all" in own(genres, f"--path={genres / 'up'}")
+    sound(genres / "in" / "loose.wav")
+    assert "loose.wav is in no class" in of_folder(genres)
+    (genres / "empty").mkdir()
+    assert "no audio files" in own(genres, f"--path={genres / 'empty'}")
+    assert "is not a folder" in own(genres, f"--path={genres / 'nowhere'}")
+    assert "give --path=FOLDER" in own(genres)
+    assert "give --csv=FILE" in of_folder(genres, "--group=artist")
+
+
+def test_nothing_usable_is_told_with_the_reason(genres):
+    answer = of_folder(genres, "--min_seconds=6")
+    assert "none of 18 files can be used, such as jazz/album 0/00.flac (is too short" in answer
+
+
+def test_a_file_may_not_be_in_two_classes(genres):
+    twin = genres / "in" / "jazz" / "again.flac"
+    twin.symlink_to(genres / "in" / "rock" / "album 0" / "00.flac")
+    assert "are the same file" in of_folder(genres)
+
+
+def test_links_to_nowhere_are_left_out(genres):
+    (genres / "in" / "rock" / "gone.wav").symlink_to("nowhere")
+    (genres / "in" / "rock" / "circle.wav").symlink_to("circle.wav")
+    assert of_folder(genres) == 3
+    assert {e["name"]: e["reason"] for e in found(genres)["left_out"]} == {
+        "rock/gone.wav": "is not there", "rock/circle.wav": "is not there"}
+
+
+def test_odd_names_cost_nothing(genres):
+    for k, name in enumerate(("-new\nline \udcff.wav", "日本語 🎵.wav", "Ba$$in.wav")):
+        sound(genres / "a.wav", seed=k)
+        (genres / "a.wav").rename(genres / "in" / "rock" / name)
+    assert of_folder(genres) == 0 and len(found(genres)["items"]) == 21
+
+
+def test_classes_are_compared_in_one_form_of_unicode(tmp_path):
+    for k, form in enumerate(("NFC", "NFD")):
+        sound(tmp_path / "in" / unicodedata.normalize(form, "café") / f"{k}.wav", seed=k)
+    sound(tmp_path / "in" / "bar" / "0.wav")
+    assert of_folder(tmp_path) == 0
+    assert found(tmp_path)["classes"]["genre"] == ["bar", unicodedata.normalize("NFC", "café")]
+
+
+def test_silence_is_left_out(genres):
+    sf.write(genres / "in" / "rock" / "silent.flac", np.zeros(16000 * 5), 16000)
+    assert of_folder(genres) == 3
+    assert [e["reason"] for e in found(genres)["left_out"]] == ["is silent"]
+
+
+# -----------------------------------------------------------------------------
+# a table
+
+@pytest.fixture
+def clips(tmp_path):
+    for k in range(20):
+        sound(tmp_path / "in" / f"{k}.wav", seed=k)
+    return tmp_path
+
+
+def table(root, lines, name="own.csv"):
+    (root / "in" / name).write_text("\n".join(lines), encoding="utf-8")
+    return f"--csv={root / 'in' / name}"
+
+
+def test_a_table_may_have_tags_and_groups(clips):
+    lines = [f"{k}.wav;{'calm|warm' if k % 2 else 'loud'};artist {k // 2}" for k in range(20)]
+    raw = "\r\n".join(["\ufeffpath;label;artist", *lines, ""]).encode()
+    (clips / "in" / "own.csv").write_bytes(raw)
+    assert own(clips, f"--csv={clips / 'in' / 'own.csv'}", "--separator=|") == 0
+    assert found(clips)["classes"] == {"tags": ["calm", "loud", "warm"]}
+    assert found(clips)["multilabel"] == ["tags"]
+    split = {item["name"]: item["split"] for item in found(clips)["items"]}
+    assert all(split[f"{k}.wav"] == split[f"{k + 1}.wav"] for k in range(0, 20, 2))
+    assert len(set(split.values())) == 3
+    tags = {item["name"]: item["tags"] for item in found(clips)["items"]}
+    assert tags["3.wav"] == [0, 2]
+    Clips(Prepared(str(clips / "out" / "mine"), "clips"), "train", "tags")
+
+
+def test_a_table_may_have_its_own_splits(clips):
+    names = ("training", "val", "test")
+    lines = [f"{clips}/in/{k}.wav,{'a' if k % 3 else 'b'},{names[k % 3]}" for k in range(20)]
+    option = table(clips, ["path,label,split", *lines, "gone.wav,a,test"])
+    assert own(clips, option) == 3
+    assert [e["name"] for e in found(clips)["left_out"]] == ["gone.wav"]
+    for item in found(clips)["items"]:
+        number = int(item["name"].split("/")[-1][:-4])
+        assert item["split"] == SPLITS[number % 3]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("path,genre\na,b", "needs the columns path and label"), ("path,label\na.wav", "1 cells"),
+    ("path,label,split\na.wav,x,devel", "split is 'devel'"), ("", "needs the columns"),
+    ("path,label\na.wav,x\na.wav,y", "names a.wav twice"), ("path,label\n", "has no rows"),
+    ("path,label\na.wav,", "line 2: no label"), ("path,label\n,x", "line 2: no path"),
+    ("sep=;\npath;label", "delete that line"), ('path,label\na.wav,"x', "line 2"),
+    ("path,label\na\0.wav,x", "zero byte")])
+def test_a_table_that_is_wrong_says_where(tmp_path, text, message):
+    (tmp_path / "in").mkdir()
+    answer = own(tmp_path, table(tmp_path, [text], "wrong.csv"))
+    assert message in answer and "wrong.csv" in answer
+
+
+def test_a_table_that_is_not_utf_8_is_told(tmp_path):
+    (tmp_path / "own.csv").write_bytes("path,label\nä.wav,x".encode("latin-1"))
+    assert "UTF-8" in own(tmp_path, f"--csv={tmp_path / 'own.csv'}")
+
+
+def test_a_wrong_separator_is_noticed(clips, capsys):
+    lines = [f"{k}.wav,{'a' if k % 2 else 'b|c'}" for k in range(20)]
+    option = table(clips, ["path,label", *lines])
+    assert "no label has the separator ';'" in own(clips, option, "--separator=;")
+    assert own(clips, option) == 0
+    assert "'b|c' is taken for one class" in capsys.readouterr().out
+
+
+def test_the_first_column_that_is_filled_keeps_groups_together(clips, capsys):
+    lines = [f"{k}.wav,{'ab'[k % 2]},,album {k // 4}" for k in range(20)]
+    assert own(clips, table(clips, ["path,label,artist,album", *lines])) == 0
+    homes = {(item["group"], item["split"]) for item in found(clips)["items"]}
+    assert len(homes) == 5
+    lines = [f"{line},{SPLITS[k % 3]}" for k, line in enumerate(lines)]
+    assert own(clips, table(clips, ["path,label,artist,album,split", *lines])) == 0
+    said = capsys.readouterr().out
+    assert "5 groups (artists, albums) have clips in more than one split" in said
+    answer = own(clips, table(clips, ["path,label", *lines[:0], "0.wav,a"]), "--group=composer")
+    assert "no column 'composer'" in answer
+
+
+def test_other_labels_need_no_decoding(clips, capsys):
+    lines = [f"{k}.wav,{'ab'[k % 2]}" for k in range(20)]
+    assert own(clips, table(clips, ["path,label", *lines])) == 0
+    lines = [f"{k}.wav,{'xyz'[k % 3]}" for k in range(20)]
+    option = table(clips, ["path,label", *lines])
+    assert own(clips, option) == 0
+    said = capsys.readouterr().out
+    assert "nothing new to decode" in said and "not those of the last run" in said
+    assert found(clips)["classes"]["genre"] == ["x", "y", "z"]
+    (clips / "in" / "3.wav").unlink()  # its audio stays
+    assert own(clips, option) == 0 and len(found(clips)["items"]) == 20
+    (clips / "in" / "own.csv").unlink()
+    assert own(clips, option) == 0 and len(found(clips)["items"]) == 20
+
+
+def test_paths_spelt_by_another_system_are_found(tmp_path):
+    for folder in (unicodedata.normalize("NFD", "é"), "b"):
+        for k in range(2):
+            sound(tmp_path / "in" / folder / f"{k}.wav", seed=k)
+    accent = unicodedata.normalize("NFC", "é")
+    lines = [f"{accent}/0.wav,x", f"{accent}\\1.wav,y", "B/0.WAV,x", "b\\1.wav,y"]
+    assert own(tmp_path, table(tmp_path, ["path,label", *lines])) == 0
+    assert len(found(tmp_path)["items"]) == 4

@@ -1,0 +1,69 @@
+"""
+Seeded splits: even, with groups kept together.
+
+    python -m pytest -q tests/test_splits.py
+"""
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data import SPLITS
+from prepare.splits import split_evenly, split_of_folder
+
+SHARES = [0.8, 0.1, 0.1]
+
+
+@pytest.fixture(scope="module")
+def thousand():
+    """Labels and groups of 1,020 clips by 300 artists, with one rare class."""
+    rng = np.random.default_rng(0)
+    labels = [sorted(set(rng.integers(0, 8, rng.integers(1, 4)).tolist())) for _ in range(1000)]
+    return labels + [[8]] * 20, [f"artist {k}" for k in rng.integers(0, 300, 1020)]
+
+
+def test_no_group_is_split_up(thousand):
+    labels, groups = thousand
+    splits = split_evenly(labels, groups, SHARES, 1)
+    assert len(set(zip(groups, splits, strict=True))) == len(set(groups))
+
+
+def test_each_class_is_spread_in_these_shares(thousand):
+    labels, groups = thousand
+    splits = split_evenly(labels, groups, SHARES, 1)
+    for c in range(9):
+        counts = Counter(split for split, its in zip(splits, labels, strict=True) if c in its)
+        tolerance = 0.05 if c < 8 else 0.11
+        for split, share in zip(SPLITS, SHARES, strict=True):
+            assert abs(counts[split] / sum(counts.values()) - share) < tolerance
+
+
+def test_only_the_seed_changes_the_split_and_not_the_order(thousand):
+    labels, groups = thousand
+    splits = split_evenly(labels, groups, SHARES, 1)
+    order = np.random.default_rng(1).permutation(len(labels))
+    shuffled = split_evenly([labels[i] for i in order], [groups[i] for i in order], SHARES, 1)
+    assert shuffled == [splits[i] for i in order]
+    assert split_evenly(labels, groups, SHARES, 2) != splits
+
+
+@pytest.mark.parametrize("labels, groups, counts", [
+    ([[c] for c in range(200) for _ in range(3)], range(600), (480, 60, 60)),
+    ([[0]] * 200, np.arange(200) // 50, (100, 50, 50)), ([[]] * 4, range(4), (2, 1, 1))])
+def test_few_clips_still_fill_every_split(labels, groups, counts):
+    few = Counter(split_evenly(labels, [str(g) for g in groups], SHARES, 1))
+    assert tuple(few[split] for split in SPLITS) == counts
+
+
+def test_artists_with_most_clips_do_not_overfill_a_split():
+    sizes = (250 / np.arange(1, 91) ** 1.1).astype(int) + 1
+    artists = np.repeat(np.arange(90), sizes)
+    labels = [[c] for c in np.random.default_rng(0).integers(0, 30, len(artists)).tolist()]
+    splits = split_evenly(labels, [str(a) for a in artists], SHARES, 1)
+    for split, share in zip(SPLITS, SHARES, strict=True):
+        assert abs(splits.count(split) / len(artists) - share) < 0.04
+
+
+def test_a_folder_may_name_the_split():
+    assert split_of_folder("musdb/Train/A - B") == "train"
+    assert split_of_folder("val/x") == "valid" and split_of_folder("train") is None
