@@ -203,9 +203,12 @@ def main(argv=None):
     check_settings(config)
     room = importlib.import_module(f"prepare.{names[0]}")
     if names == ["demo"]:  # two folders, made from nothing
-        listings = call(room.listing, config)
-        folders = [os.path.join(config["out"], listed.name) for listed in listings]
-        return max(prepare(*pair, config) for pair in zip(folders, listings, strict=True))
+        status = 0
+        for listed in call(room.listing, config):
+            folder = os.path.join(config["out"], listed.name)
+            with store.locked(folder):
+                status = max(status, prepare(folder, listed, config))
+        return status
     folder = os.path.join(config["out"], config["name"] or names[0])
     with store.locked(folder):
         return prepare(folder, list_dataset(room, config, folder), config)

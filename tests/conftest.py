@@ -4,6 +4,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -168,6 +169,25 @@ def log_of(path):
     """The entries of the log beside a checkpoint."""
     log = Path(str(path).removesuffix(".pt") + ".jsonl")
     return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def facts(path):
+    """What of a log must be the same after a stop: all but times."""
+    keys = ("step", "loss", "val_loss", "best", "lr", "epoch", "phase")
+    return [{key: entry.get(key) for key in keys} for entry in log_of(path)]
+
+
+def stopped_by(number, script, lines, out, *args):
+    """Starts a script, sends it a signal after so many lines of its log; what it printed."""
+    process = subprocess.Popen(
+        [sys.executable, script, *map(str, args), f"--out={out}"], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    log = Path(str(out).replace(".pt", ".jsonl"))
+    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= lines):
+        time.sleep(0.01)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=100)
+    return said, process.returncode
 
 
 # -----------------------------------------------------------------------------
