@@ -110,7 +110,7 @@ def blame_the_file(e):
 
 def decode(container, track):
     """([(rate, mono block (N,))], damage) of one stream, to its last frame that can be decoded."""
-    waves, frames, kind, total, bad = [], [], None, 0, 0
+    waves, fifo, bad = [], av.AudioFifo(), 0
     due, lost = None, 0.0  # when the next frame should begin, and what is missing; in seconds
     for packet in packets(container, track):
         try:
@@ -119,23 +119,24 @@ def decode(container, track):
             bad += not is_padding(bytes(packet)) if packet else 1
             continue  # FFmpeg goes on at the next whole frame
         for frame in decoded:
-            its = frame.sample_rate, frame.layout.nb_channels, frame.format.name
-            if frames and (its != kind or total > BLOCK):
-                waves.append((kind[0], mono(frames)))
-                frames, total = [], 0
-            if its[0] not in RATES:
-                raise Broken(f"has a sample rate of {its[0]} Hz")
-            kind = its
-            frames.append(frame)
-            total += frame.samples
-            if frame.time is not None:
-                gap = frame.time - due if due is not None else 0.0
+            begins = frame.time
+            if begins is not None:
+                gap = begins - due if due is not None else 0.0
                 lost += gap if gap > JITTER else 0.0
-                due = frame.time + frame.samples / its[0]
+                due = begins + frame.samples / frame.sample_rate
+            frame.pts = None  # or the fifo would insist on its own clock
+            try:
+                fifo.write(frame)
+            except ValueError:  # another rate, layout or format
+                waves.append(mono(fifo))
+                fifo = av.AudioFifo()
+                fifo.write(frame)
+        if fifo.samples > BLOCK:
+            waves.append(mono(fifo))
         if sum(len(wave) / rate for rate, wave in waves) > LONGEST:
             raise Broken(f"is longer than {LONGEST // 3600} hours")
-    if frames:
-        waves.append((kind[0], mono(frames)))
+    if fifo.samples:
+        waves.append(mono(fifo))
     damage = []
     if bad:
         damage.append(f"{bad} of its packets are damaged: left out")
@@ -158,12 +159,14 @@ def packets(container, track):
             return
 
 
-def mono(frames):
-    """Frames of one kind as one mono wave: (N,) float32, full scale is 1."""
-    arrays = [frame.to_ndarray() for frame in frames]
-    samples = np.concatenate(arrays, 1)             # planar: (C, N), else (1, N C)
-    if not frames[0].format.is_planar:
-        samples = samples.reshape(-1, frames[0].layout.nb_channels).T           # (C, N)
+def mono(fifo):
+    """(rate, what is in the fifo as one mono wave (N,) float32, full scale is 1)."""
+    frame = fifo.read()
+    if frame.sample_rate not in RATES:
+        raise Broken(f"has a sample rate of {frame.sample_rate} Hz")
+    samples = frame.to_ndarray()                    # planar: (C, N), else (1, N C)
+    if not frame.format.is_planar:
+        samples = samples.reshape(-1, frame.layout.nb_channels).T               # (C, N)
     wave = samples[0].astype(np.float32)
     if len(samples) > 1:
         wave = samples.mean(0, dtype=np.float32)                                # (N,)
@@ -171,14 +174,14 @@ def mono(frames):
     scale = full.get(samples.dtype.str[1:], 1.0)
     if samples.dtype == np.uint8:
         wave -= np.float32(scale)  # silence is 128
-    return wave / np.float32(scale)
+    return frame.sample_rate, wave / np.float32(scale)
 
 
 # -----------------------------------------------------------------------------
 # what FFmpeg does not tell: tags behind the sound, files that end before their end
 
 # containers whose header gives the length, and not a guess
-EXACT = ("flac", "aiff", "au", "mov", "matroska", "asf", "ape", "wv", "tta")
+EXACT = ("flac", "aiff", "au", "avi", "mov", "matroska", "asf", "ape", "wv", "tta")
 # containers made of chunks: where the first begins, bytes of its name and of its size, byte order,
 # bytes of both if the size counts them, and what a chunk's end is rounded up to
 CHUNKS = {"wav": (12, 4, 4, "little", 0, 2), "w64": (40, 16, 8, "little", 24, 8),
