@@ -181,7 +181,8 @@ def stopped_by(number, script, lines, out, *args):
     """Starts a script, sends it a signal after so many lines of its log; what it printed."""
     process = subprocess.Popen(
         [sys.executable, script, *map(str, args), f"--out={out}"], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"})
     log = Path(str(out).replace(".pt", ".jsonl"))
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= lines):
         time.sleep(0.01)
@@ -243,19 +244,31 @@ def table_block(pairs, at):
     return body + mask(slow_crc(body)).to_bytes(4, "little"), varint(at) + varint(len(body) - 1)
 
 
-def write_tensorflow(net, prefix):
+def as_dtype(value, dtype):
+    """(number in TensorFlow's DataType, bytes) of a float32 array."""
+    if dtype == "half":
+        return 19, value.astype("<f2").tobytes()
+    if dtype == "bfloat16":
+        return 14, torch.from_numpy(value).bfloat16().view(torch.int16).numpy().tobytes()
+    return 1, value.tobytes()
+
+
+def write_tensorflow(net, prefix, shards=1, dtype="float32"):
     """Our weights as a TensorFlow checkpoint, plus an optimizer slot to be passed over."""
-    entries, raw = {}, b""
-    for (n, name), value in keras_tensors(net).items():
+    entries, data = {"": b"\x08" + varint(shards) + b"\x1a\x02\x08\x01"}, [b""] * shards
+    for number, ((n, name), value) in enumerate(keras_tensors(net).items()):
+        shard = number % shards
+        kind, raw = as_dtype(value, dtype)
         dims = [b"\x08" + varint(size) for size in value.shape]
         shape = b"".join(b"\x12" + varint(len(dim)) + dim for dim in dims)
-        entry = b"\x08\x01\x12" + varint(len(shape)) + shape
-        entry += b"\x20" + varint(len(raw)) + b"\x28" + varint(value.nbytes)
-        crc = b"\x35" + mask(slow_crc(value.tobytes())).to_bytes(4, "little")
+        entry = b"\x08" + varint(kind) + b"\x12" + varint(len(shape)) + shape
+        entry += b"\x18" + varint(shard) + b"\x20" + varint(len(data[shard]))
+        entry += b"\x28" + varint(len(raw))
+        crc = b"\x35" + mask(slow_crc(raw)).to_bytes(4, "little")
         variable = f"layer_with_weights-{n}/{name}"
         entries[f"{variable}/.ATTRIBUTES/VARIABLE_VALUE"] = entry + crc
         entries[f"{variable}/.OPTIMIZER_SLOT/optimizer/m/.ATTRIBUTES/VARIABLE_VALUE"] = entry
-        raw += value.tobytes()
+        data[shard] += raw
 
     pairs, table, handles = sorted((k.encode(), v) for k, v in entries.items()), b"", []
     for i in range(0, len(pairs), 50):  # several data blocks
@@ -268,4 +281,5 @@ def write_tensorflow(net, prefix):
     table += index + (meta_handle + index_handle).ljust(40, b"\0")
     table += bytes.fromhex("57fb808b247547db")
     Path(f"{prefix}.index").write_bytes(table)
-    Path(f"{prefix}.data-00000-of-00001").write_bytes(raw)
+    for shard, raw in enumerate(data):
+        Path(f"{prefix}.data-{shard:05d}-of-{shards:05d}").write_bytes(raw)

@@ -25,7 +25,8 @@ def configure(*argv, **more):
 def python(code, **env):
     """What a process with this code printed and its exit status."""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                          errors="replace", timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+                          errors="replace", timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env})
     return done.stdout + done.stderr, done.returncode
 
 
