@@ -110,7 +110,7 @@ def blame_the_file(e):
 
 def decode(container, track):
     """([(rate, mono block (N,))], damage) of one stream, to its last frame that can be decoded."""
-    waves, fifo, bad = [], av.AudioFifo(), 0
+    waves, fifo, kind, bad = [], av.AudioFifo(), None, 0
     due, lost = None, 0.0  # when the next frame should begin, and what is missing; in seconds
     for packet in packets(container, track):
         try:
@@ -119,20 +119,20 @@ def decode(container, track):
             bad += not is_padding(bytes(packet)) if packet else 1
             continue  # FFmpeg goes on at the next whole frame
         for frame in decoded:
-            begins = frame.time
-            if begins is not None:
-                gap = begins - due if due is not None else 0.0
+            if not can_be_taken(frame):
+                bad += 1
+                continue
+            if frame.time is not None:
+                gap = frame.time - due if due is not None else 0.0
                 lost += gap if gap > JITTER else 0.0
-                due = begins + frame.samples / frame.sample_rate
-            frame.pts = None  # or the fifo would insist on its own clock
-            try:
-                fifo.write(frame)
-            except ValueError:  # another rate, layout or format
+                due = frame.time + frame.samples / frame.sample_rate
+            # a fifo holds frames of one kind, and would read beyond the end of others
+            its = frame.sample_rate, frame.layout.nb_channels, frame.format.name
+            if fifo.samples and (its != kind or fifo.samples > BLOCK):
                 waves.append(mono(fifo))
                 fifo = av.AudioFifo()
-                fifo.write(frame)
-        if fifo.samples > BLOCK:
-            waves.append(mono(fifo))
+            frame.pts, kind = None, its  # with its time, the fifo would insist on its own clock
+            fifo.write(frame)
         if sum(len(wave) / rate for rate, wave in waves) > LONGEST:
             raise Broken(f"is longer than {LONGEST // 3600} hours")
     if fifo.samples:
@@ -143,6 +143,12 @@ def decode(container, track):
     if lost:
         damage.append(f"{lost:.1f} s are missing inside it")
     return waves, damage
+
+
+def can_be_taken(frame):
+    """Whether a frame has samples, in a form that PyAV takes over: at most 8 separate channels."""
+    several = frame.format.is_planar and frame.layout.nb_channels > 8
+    return frame.samples > 0 and not several
 
 
 def packets(container, track):
@@ -181,7 +187,7 @@ def mono(fifo):
 # what FFmpeg does not tell: tags behind the sound, files that end before their end
 
 # containers whose header gives the length, and not a guess
-EXACT = ("flac", "aiff", "au", "avi", "mov", "matroska", "asf", "ape", "wv", "tta")
+EXACT = ("ogg", "flac", "aiff", "au", "avi", "mov", "matroska", "asf", "ape", "wv", "tta")
 # containers made of chunks: where the first begins, bytes of its name and of its size, byte order,
 # bytes of both if the size counts them, and what a chunk's end is rounded up to
 CHUNKS = {"wav": (12, 4, 4, "little", 0, 2), "w64": (40, 16, 8, "little", 24, 8),
@@ -192,6 +198,11 @@ TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")    # of title, text and pic
 def is_padding(raw):
     """Whether bytes between or behind frames are a tag, or one byte again and again."""
     return raw.startswith(TAGS) or len(raw) < 8192 and len(set(raw)) == 1
+
+
+class Rest(io.BytesIO):
+    """What is left of a file, under its name: FFmpeg looks at that where the start is damaged."""
+    name = ""
 
 
 def without_tags(f):
@@ -214,9 +225,13 @@ def without_tags(f):
         header = raw[start:start + 10].ljust(10, b"\0")
         footer = 10 if header[5] & 0x10 else 0
         start += 10 + syncsafe(header[6:]) + footer
+    if raw[start:start + 1] not in (b"\xff", b"\x0b", b"f", b"R", b"F"):
+        start = 0  # the length of the tag is damaged: FFmpeg looks for the first frame
     while start < end and (length := tag_length(raw, end)):
         end -= length
-    return io.BytesIO(raw[start:end])
+    rest = Rest(raw[start:end])
+    rest.name = str(getattr(f, "name", ""))
+    return rest
 
 
 def tag_length(raw, end):

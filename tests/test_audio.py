@@ -334,6 +334,21 @@ def test_a_damaged_mp3_is_read_on_behind_the_damage(tmp_path, mode, level):
     assert told >= 50  # of 60: a lost byte may cost nothing but a click
 
 
+@pytest.mark.parametrize("first, second", [(1, 2), (2, 1)])
+def test_a_file_that_changes_between_mono_and_stereo_is_read_whole(tmp_path, first, second):
+    """The mean of the channels is the same in both halves."""
+    raw = b""
+    for k, channels in enumerate((first, second)):
+        sides = np.stack([tone(440, 44100, 5, 0.6), tone(440, 44100, 5, 0.2)], 1)
+        wave = sides if channels == 2 else sides.mean(1)
+        encode(tmp_path / f"{k}.mp3", wave, 44100, "libmp3lame")
+        raw += (tmp_path / f"{k}.mp3").read_bytes()
+    wave, rate, _ = audio.read(io.BytesIO(raw))
+    assert rate == 44100 and len(wave) > 9.8 * 44100
+    halves = level(wave[4410:5 * 44100]), level(wave[-4 * 44100:])
+    assert halves[0] == pytest.approx(halves[1], abs=0.5)
+
+
 def test_of_a_file_that_changes_its_rate_the_longer_part_is_read(tmp_path):
     sf.write(tmp_path / "a.mp3", tone(440, 44100, 10), 44100)
     sf.write(tmp_path / "b.mp3", tone(440, 22050, 5), 22050)
