@@ -19,7 +19,7 @@ $(VENV)/.complete: requirements.txt
 
 test: $(VENV)/.complete
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
 
 demo: $(VENV)/.complete
 	$(PY) prepare_data.py demo

@@ -5,7 +5,6 @@ The networks of "Pre-Training Music Classification Models via Music Source Separ
     import model
     net, meta = model.load("ckpt/vocals.pt")    # or a TensorFlow prefix: "vocals/checkpoint-1"
     stems = model.separate(net, wave)           # a Separator: a song (N,) -> (S, N), any length
-    stems = net(wave)                           # a Separator: (B, N) -> (B, S, N)
     logits = net(wave)                          # a Classifier: (B, N) -> (B, classes)
 
 A wave is floating point in [-1, 1], 16 kHz, mono. Spectrograms, logarithms, mel and resynthesis
@@ -380,15 +379,14 @@ class Classifier(nn.Module):
         check_wave(wave)
         if wave.shape[1] == CROP:
             return self.crop_logits(wave)
-        if wave.shape[1] < CROP:
-            wave = F.pad(wave, (0, CROP - wave.shape[1]))
+        wave = F.pad(wave, (0, max(0, CROP - wave.shape[1])))
 
         # crops are views of the wave; 16 of them at a time keep the memory small
         crops = wave.unfold(1, CROP, FRAMES // 2 * HOP)             # (B, K, 61792)
         logits = []
         for clip in crops:
-            parts = [self.crop_logits(some) for some in clip.split(16)]
-            logits.append(torch.cat(parts))                         # (K, classes)
+            parts = map(self.crop_logits, clip.split(16))
+            logits.append(torch.cat(list(parts)))                   # (K, classes)
         return mean_score_logits(torch.stack(logits), self.multilabel)
 
     def train_parts(self):
@@ -399,10 +397,9 @@ class Classifier(nn.Module):
 
 
 def mean_score_logits(logits, multilabel):
-    """(B, K, classes) -> (B, classes): logits whose score is the mean over K of the scores.
+    """(B, K, classes) -> (B, classes): logits whose sigmoid or softmax is the mean of those over K.
 
-    The score is the sigmoid (multilabel) or the softmax. All is computed in logarithms, so large
-    logits stay exact.
+    All is computed in logarithms, so large logits stay exact.
     """
     if not multilabel:
         return torch.logsumexp(F.log_softmax(logits, -1), 1) - math.log(logits.shape[1])
@@ -436,10 +433,7 @@ def load(path, device="cpu"):
 
 
 def read_checkpoint(path):
-    """The dictionary in a .pt or .resume file: tensors and plain values, nothing that could run.
-
-    ValueError if the file is anything else.
-    """
+    """The tensors and plain values in a .pt or .resume file; ValueError if it is anything else."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load has no error type of its own: zip, pickle, key, runtime
@@ -456,8 +450,7 @@ def _load_ours(path):
         net = KINDS[saved["kind"]](**saved["args"])
         net.load_state_dict(saved.pop("model"))
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as e:
-        reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise ValueError(f"{path} does not fit the networks of this version: {reason}") from e
+        raise ValueError(f"{path} does not fit the networks of this version: {e!r:.200}") from e
     return net, saved
 
 
@@ -478,12 +471,10 @@ def _load_tensorflow(prefix):
     net = KINDS[kind](**args)
     modules, layers = weighted_layers(net), tf_checkpoint.read(prefix)
     if len(layers) != len(modules):
-        raise ValueError(f"{prefix} has {len(layers)} layers, a {kind} of its shapes has "
-                         f"{len(modules)}")
+        raise ValueError(f"{prefix} has {len(layers)} layers instead of {len(modules)}")
     first_dense = net.tail.dense if kind == "classifier" else None
     for n, (module, layer) in enumerate(zip(modules, layers, strict=True)):
-        normalises = isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d))
-        names = NORM if normalises else DENSE
+        names = NORM if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) else DENSE
         if layer.keys() != names.keys():
             raise ValueError(f"{prefix}: layer {n} has {', '.join(sorted(layer))}, expected "
                              f"{', '.join(sorted(names))}")

@@ -7,7 +7,6 @@ Next to each file: a separator's spectrograms (.png), a tagger's scores per clas
 a genre classifier's answers (_confusion.png), a run's losses (_curves.png), and the mean and
 spread of several runs (summary.png). A picture that fails costs the picture and nothing else.
 """
-import contextlib
 import json
 import os
 import unicodedata
@@ -32,7 +31,7 @@ def save_excerpt(path, song, waves):
     """What the picture of a separator shows: decibels of the waves (1 + 2 S, N) of a song."""
     levels = model.stft(torch.from_numpy(waves)).abs().transpose(1, 2)          # (1 + 2 S, 257, T)
     levels = 20 * torch.log10(levels + 1e-4)
-    with runtime._atomic(path, "wb") as f:
+    with runtime.atomic(path, "wb") as f:
         np.savez_compressed(f, song=song, seconds=waves.shape[1] / model.SAMPLE_RATE,
                             levels=levels.numpy().astype(np.float16))
 
@@ -61,15 +60,17 @@ def read_log(path):
     return curves
 
 
-@contextlib.contextmanager
-def picture(path, failed):
-    """Catches what goes wrong inside, says so in one line and adds the path to `failed`."""
+def picture(path, failed, draw, *arguments):
+    """Writes the figure that draw(*arguments) makes.
+
+    What goes wrong is told in one line, and the path is added to `failed`.
+    """
     try:
         import matplotlib  # here: a broken one costs the pictures only
 
         # what users have in their names is text: "Ba$$in" is no formula
         with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
-            yield
+            save_figure(draw(*arguments), path)
     except Exception as e:              # drawing has many ways to fail; none is worth a result
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         print(f"note: no picture {path}: {reason[:300]}")
@@ -77,7 +78,7 @@ def picture(path, failed):
 
 
 def save_figure(figure, path):
-    with runtime._atomic(path, "wb") as f:
+    with runtime.atomic(path, "wb") as f:
         figure.savefig(f, dpi=DPI, format="png", bbox_inches="tight")
 
 
@@ -149,15 +150,16 @@ def readable(names):
 def draw_separation(sources, excerpt):
     """Mixture, then per source its mask, its estimate and the truth: spectrograms of some seconds.
 
-    excerpt["levels"] are decibels (1 + 2 S, 257, T): mixture, then estimate and truth of each
-    source.
+    excerpt: the file of save_excerpt. Its levels are decibels (1 + 2 S, 257, T): mixture, then
+    estimate and truth of each source.
     """
-    levels = excerpt["levels"].astype(np.float32)
+    with np.load(excerpt) as saved:
+        levels, song, seconds = saved["levels"].astype(np.float32), saved["song"], saved["seconds"]
     mixture, pairs = levels[0], levels[1:].reshape(len(sources), 2, *levels.shape[1:])
-    (song,), font = readable([str(excerpt["song"])])
+    (song,), font = readable([str(song)])
     rows = len(sources) + 1
     figure, axes = new_figure((12, 2.1 * rows), rows, 3, sharex=True, sharey=True)
-    place = dict(origin="lower", aspect="auto", extent=(0, float(excerpt["seconds"]), 0, 8))
+    place = dict(origin="lower", aspect="auto", extent=(0, float(seconds), 0, 8))
     level = dict(cmap="magma", vmin=-60, vmax=max(-50.0, mixture.max()), **place)
     share = dict(cmap="gray", vmin=0, vmax=1, **place)
 
@@ -232,8 +234,9 @@ def draw_confusion(confusion, classes):
     return figure
 
 
-def draw_curves(curves):
-    """Training and validation loss by step."""
+def draw_curves(log):
+    """Training and validation loss by step, from a training log."""
+    curves = read_log(log)
     figure, ((ax,),) = new_figure((6, 3.5))
     lines = ("loss", "training", BLUE), ("val_loss", "validation", ORANGE)
     for key, label, color in lines:
@@ -299,24 +302,19 @@ def draw(path):
     base, failed = path.removesuffix(".json"), []
     result = read_result(path)
     if isinstance(result, list):                # the table over several checkpoints
-        with picture(f"{base}.png", failed):
-            save_figure(draw_summary(result), f"{base}.png")
+        picture(f"{base}.png", failed, draw_summary, result)
         return failed
 
     if result["kind"] == "separator":
-        with picture(f"{base}.png", failed), np.load(f"{base}.npz") as excerpt:
-            save_figure(draw_separation(result["sources"], excerpt), f"{base}.png")
+        picture(f"{base}.png", failed, draw_separation, result["sources"], f"{base}.npz")
     elif "confusion" in result:
-        with picture(f"{base}_confusion.png", failed):
-            figure = draw_confusion(np.array(result["confusion"]), result["classes"])
-            save_figure(figure, f"{base}_confusion.png")
+        confusion = np.array(result["confusion"])
+        picture(f"{base}_confusion.png", failed, draw_confusion, confusion, result["classes"])
     else:
-        with picture(f"{base}_classes.png", failed):
-            save_figure(draw_bars(result["per_class"]), f"{base}_classes.png")
+        picture(f"{base}_classes.png", failed, draw_bars, result["per_class"])
     log = result["checkpoint"].removesuffix(".pt") + ".jsonl"
     if os.path.exists(log):                     # a released checkpoint has none
-        with picture(f"{base}_curves.png", failed):
-            save_figure(draw_curves(read_log(log)), f"{base}_curves.png")
+        picture(f"{base}_curves.png", failed, draw_curves, log)
     return failed
 
 

@@ -330,7 +330,7 @@ def _naming(path):
 
 
 @contextlib.contextmanager
-def _atomic(path, mode, **options):
+def atomic(path, mode, **options):
     """Opens a file that comes to stand at `path` only when it is whole; else nothing is left."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
@@ -345,13 +345,13 @@ def _atomic(path, mode, **options):
 
 
 def write_atomically(text, path):
-    with _atomic(path, "w", encoding="utf-8") as f:
+    with atomic(path, "w", encoding="utf-8") as f:
         f.write(text)
 
 
 def save_atomically(thing, path):
     """torch.save under another name, then rename: what stands at `path` is always whole."""
-    with _atomic(path, "wb") as f:
+    with atomic(path, "wb") as f:
         try:
             torch.save(thing, f)
         except RuntimeError as e:

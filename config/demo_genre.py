@@ -1,7 +1,7 @@
-# The demo's genre classifier: 4 genres of the same synthetic clips, which follow from drums and bass.
+# The demo's genre classifier: 4 genres of the same synthetic clips.
 data = "data/demo_clips"
 task = "genre"
-sources = ["vocals", "other", "drums", "bass"]  # as config/demo_sep.py, for when it starts from scratch
+sources = ["vocals", "other", "drums", "bass"]  # as config/demo_sep.py, if it starts from scratch
 pool = "avg"
 widths = [8, 16, 16, 32, 32, 32]
 tail_widths = [16, 16, 32, 32, 32, 32, 64]

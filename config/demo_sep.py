@@ -1,4 +1,5 @@
-# The demo's separator: all four sources of the synthetic songs, narrower than the paper's, minutes instead of days on a CPU.
+# The demo's separator: all four sources of the synthetic songs.
+# It is narrower than the paper's: minutes on a CPU, not days.
 data = "data/demo_songs"
 sources = ["vocals", "other", "drums", "bass"]
 pool = "avg"

@@ -1,7 +1,7 @@
 # The demo's tagger: 15 tags of synthetic clips, 96 of them to learn from.
 data = "data/demo_clips"
 task = "tags"
-sources = ["vocals", "other", "drums", "bass"]  # as config/demo_sep.py, for when it starts from scratch
+sources = ["vocals", "other", "drums", "bass"]  # as config/demo_sep.py, if it starts from scratch
 pool = "avg"
 widths = [8, 16, 16, 32, 32, 32]
 tail_widths = [16, 16, 32, 32, 32, 32, 64]

@@ -1,4 +1,5 @@
-# One separator of all four sources as in the paper: masks in the authors' order, and average pooling as in their separator.
+# One separator of all four sources as in the paper.
+# Masks are in the authors' order; their separator pools by the average.
 data = "data/musdb"
 sources = ["vocals", "other", "drums", "bass"]
 pool = "avg"

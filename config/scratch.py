@@ -1,2 +1,3 @@
-# The whole network from random weights ("TUne+"): name it after a task, as in `config/mtat.py config/scratch.py`.
+# The whole network from random weights ("TUne+").
+# Name it behind a task: config/mtat.py config/scratch.py
 init = ""

@@ -1,2 +1,3 @@
-# The tail alone, on the mel spectrogram: name it after a task, as in `config/mtat.py config/tail.py`.
+# The tail alone, on the mel spectrogram.
+# Name it behind a task: config/mtat.py config/tail.py
 variant = "tail"
