@@ -118,10 +118,8 @@ def decode(container, track):
         except av.FFmpegError:
             bad += not is_padding(bytes(packet)) if packet else 1
             continue  # FFmpeg goes on at the next whole frame
-        for frame in decoded:
-            if not can_be_taken(frame):
-                bad += 1
-                continue
+        bad += sum(not can_be_taken(frame) for frame in decoded)
+        for frame in filter(can_be_taken, decoded):
             if frame.time is not None:
                 gap = frame.time - due if due is not None else 0.0
                 lost += gap if gap > JITTER else 0.0
@@ -137,12 +135,9 @@ def decode(container, track):
             raise Broken(f"is longer than {LONGEST // 3600} hours")
     if fifo.samples:
         waves.append(mono(fifo))
-    damage = []
-    if bad:
-        damage.append(f"{bad} of its packets are damaged: left out")
-    if lost:
-        damage.append(f"{lost:.1f} s are missing inside it")
-    return waves, damage
+    told = {f"{bad} of its packets are damaged: left out": bad,
+            f"{lost:.1f} s are missing inside it": lost}
+    return waves, [text for text, count in told.items() if count]
 
 
 def can_be_taken(frame):

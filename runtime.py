@@ -176,43 +176,45 @@ def configure(scope, argv=None, configs=True, more=()):
     """Overrides the settings in `scope`, the globals() of a script; returns (config, rest).
 
     Order of precedence: defaults in the script, config files in the order given, --key=value.
-    rest: the names of the config files; with configs=False all positional arguments, which then
-    are the script's own. `more` lists further Python files whose assignments are keys too; their
-    values are in config only. --help prints every key. SystemExit with one line for unknown keys
-    and wrong types.
+    rest: the names of the config files; with configs=False all positional arguments. `more` lists
+    further Python files whose assignments are keys too, in config only. --help prints every key.
+    SystemExit with one line for unknown keys and wrong types.
     """
     argv = sys.argv[1:] if argv is None else argv
     own = _documented_keys(scope["__file__"])
     keys = dict(own)
     for path in more:
-        keys = {**_documented_keys(path), **keys}
+        keys |= {key: its for key, its in _documented_keys(path).items() if key not in keys}
     if "--help" in argv or "-h" in argv:
-        print((scope["__doc__"] or "").strip() + "\n\nkeys, as --key=value:")
+        print(scope["__doc__"].strip() + "\n\nkeys, as --key=value:")
         for key, (default, comment) in keys.items():
             print(f"{f'  {key} = {default!r}':40}  # {comment}")
         raise SystemExit(0)
 
     config = {key: default for key, (default, _) in keys.items()}
-    options = [a for a in argv if a.startswith("-")]
-    rest = [_expand_home(a) for a in argv if not a.startswith("-")]
-    for path in rest if configs else []:
-        for key, value in _run_config(path).items():
-            _known(key, keys, path)
-            config[key] = _typed(key, value, keys[key][0], path)
-    for option in options:
-        key, equals, text = option.removeprefix("--").partition("=")
-        if not option.startswith("--") or not equals:
-            hint = f", like --{key}=True" if type(config.get(key)) is bool else ""
-            die(f"{option}: options are written --key=value{hint}")
-        _known(key, keys, f"--{key}")
-        default = keys[key][0]
-        config[key] = _typed(key, _parse(text, default), default, f"--{key}")
-
-    config = {key: _expand_home(value) for key, value in config.items()}
-    scope.update({key: config[key] for key in own})
+    rest = [_expand_home(arg) for arg in argv if not arg.startswith("-")]
     if configs:
+        for path in rest:
+            for key, value in _run_config(path).items():
+                _known(key, keys, path)
+                config[key] = _expand_home(_typed(key, value, keys[key][0], path))
         rest = [os.path.splitext(os.path.basename(path))[0] for path in rest]
+    for option in [arg for arg in argv if arg.startswith("-")]:
+        key, value = _parse_option(option, keys)
+        config[key] = _expand_home(value)
+    scope.update({key: config[key] for key in own})
     return config, rest
+
+
+def _parse_option(option, keys):
+    """(key, value) of --key=value."""
+    key, equals, text = option.removeprefix("--").partition("=")
+    if not option.startswith("--") or not equals:
+        hint = f", like --{key}=True" if type(keys.get(key, [0])[0]) is bool else ""
+        die(f"{option}: options are written --key=value{hint}")
+    _known(key, keys, f"--{key}")
+    default = keys[key][0]
+    return key, _typed(key, _parse(text, default), default, f"--{key}")
 
 
 def choose(key, value, allowed):
@@ -294,8 +296,7 @@ def keep_freed_memory():
 
     Else the kernel gets it, and gives it out again zeroed: a training step takes 1.6 times as long.
     """
-    on_linux = sys.platform == "linux"
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if on_linux else None
+    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-4, 0)      # M_MMAP_MAX
         mallopt(-1, -1)     # M_TRIM_THRESHOLD, as size_t: never

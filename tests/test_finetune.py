@@ -95,7 +95,7 @@ def test_a_signal_in_an_epoch_saves_and_the_run_resumes_to_the_same_bits(demo, t
     assert recipe == "modern" or max(phases) > 0
 
 
-@pytest.mark.parametrize("step", [0, 3, 5, 12])
+@pytest.mark.parametrize("step", [0, 5, 12])
 def test_a_run_that_was_stopped_at_any_step_resumes_to_the_same_bits(demo, tmp_path, step):
     arguments = ["--batch_size=2", "--variant=tail", "--epochs=3", "--learning_rate=1e-2"]
     finetune(demo, tmp_path / "a.pt", *arguments)
