@@ -6,7 +6,7 @@ Reads prepared data: one memory-mapped file of int16 audio, 16 kHz mono, and an 
     data/<name>/journal.jsonl   what was decoded from which file; training does not need it
 
 An item has name, split (train, valid or test), offset and length, both in samples. It may have a
-title, and a group that is not split up (an artist, an album).
+title, a group that is not split up (an artist, an album), and a fold of a cross-validation.
 
 kind "stems": an item is a song. Its five TRACKS lie one behind the other, `length` samples each.
 kind "clips": an item is a clip. It has the numbers of its classes under the name of each task:
@@ -81,6 +81,18 @@ def check_keys(entry, needed, file):
         raise ValueError(f"{file} lacks {', '.join(missing)}: data.py describes the format")
 
 
+def split_by_fold(items, fold, path):
+    """Gives the items splits: this fold is test, the next or the first one valid, others train."""
+    folds = {item.get("fold", "none") for item in items}
+    if folds != set(range(len(folds))) or len(folds) < 3 or fold not in folds:
+        raise ValueError(f"fold={fold} needs clips with folds 0, 1, 2 and so on, {path} has "
+                         f"{', '.join(sorted(map(str, folds)))}: prepare it from a table with a "
+                         "column fold (-1 is no fold)")
+    for item in items:
+        behind = (item["fold"] - fold) % len(folds)
+        item["split"] = {0: "test", 1: "valid"}.get(behind, "train")
+
+
 def to_float(samples):
     """int16 to float32 in [-1, 1): the inverse of audio.to_int16."""
     return samples.astype(np.float32) / 32768.0
@@ -90,13 +102,16 @@ class Prepared:
     """A prepared folder of one kind, "stems" or "clips".
 
     items(split) are its index entries, read(item) their samples as float32 in [-1, 1).
-    ValueError with what to do if the folder is missing, of another kind or sample rate, or does
-    not fit its index.
+    With a fold of a cross-validation that fold is the test split, the next one valid, and the
+    rest train. ValueError with what to do if the folder is missing, of another kind or sample
+    rate, or does not fit its index.
     """
 
-    def __init__(self, path, kind):
+    def __init__(self, path, kind, fold=-1):
         self.path = path
         self.index = read_index(path, kind)
+        if fold >= 0:
+            split_by_fold(self.index["items"], fold, path)
         self.audio_path = os.path.join(path, "audio.int16")
 
         # the audio may be longer than the index says: preparing only ever adds to it
@@ -116,7 +131,7 @@ class Prepared:
 
         With another hash, a network may have been trained on what is now in the test split.
         """
-        unseen = ("offset", "title", "group")
+        unseen = ("offset", "title", "group", "fold")
         seen = [{k: v for k, v in item.items() if k not in unseen}
                 for item in self.index["items"] if item["split"] != "test"]
         text = json.dumps([seen, self.index.get("classes")], sort_keys=True)
@@ -196,10 +211,11 @@ class Clips:
     """Labelled clips of one split: random crops to train on, whole clips to evaluate.
 
     `task` is the label set: "tags" (several per clip) or "genre" (one per clip), or what the index
-    has. targets is (clips, classes), 0 or 1. ValueError if the task or its labels do not fit.
+    has. targets is (clips, classes), 0 or 1. With a fraction below 1 only such a share of the clips
+    is there, see some_of(). ValueError if the task or its labels do not fit.
     """
 
-    def __init__(self, data, split, task, seed=0):
+    def __init__(self, data, split, task, seed=0, fraction=1.0):
         tasks, multilabel = data.index["classes"], data.index["multilabel"]
         if not isinstance(tasks, dict) or not isinstance(multilabel, list):
             raise ValueError(f"{data.path}: classes must be a dictionary of lists and multilabel "
@@ -219,6 +235,9 @@ class Clips:
             row[item[task]] = 1.0
         if not self.multilabel and not (self.targets.sum(1) == 1).all():
             raise ValueError(f"{data.path}: {task} must be exactly one class per clip")
+        if fraction < 1:
+            kept = some_of(self.targets.numpy(), fraction)
+            self.items, self.targets = [self.items[n] for n in kept], self.targets[kept]
 
     def check_labels(self, item, task):
         labels, numbers = item[task], range(len(self.classes))
@@ -261,6 +280,25 @@ class Clips:
             crop = self.data.read(item, None, start, min(CROP, item["length"]))
             wave[:len(crop)] = crop
         return torch.from_numpy(waves), self.targets[numbers]
+
+
+def some_of(targets, fraction):
+    """The numbers of a share of the clips, in which every class of (clips, classes) has its share.
+
+    At least one clip of each class is among them. The same clips are chosen for any seed of a
+    training run. Iterative stratification (Sechidis et al. 2011): the rarest class comes first.
+    """
+    order = np.random.default_rng(0).permutation(len(targets))
+    chosen, free = np.zeros(len(targets), bool), np.ones(len(targets), bool)
+    totals = targets.sum(0)                                                     # (classes,)
+    for c in np.argsort(totals, kind="stable"):
+        lacking = max(1, round(fraction * totals[c])) - targets[chosen, c].sum()
+        having = [n for n in order if free[n] and targets[n, c]]
+        chosen[having[:max(0, int(lacking))]] = True
+        free[having] = False
+    rest = [n for n in order if free[n]]                                        # without a class
+    chosen[rest[:round(fraction * len(rest))]] = True
+    return np.flatnonzero(chosen)
 
 
 # -----------------------------------------------------------------------------

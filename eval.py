@@ -6,21 +6,20 @@ Measures checkpoints on the test split; each checkpoint says itself what it is.
     python eval.py ckpt/mtat-seed*.pt       # several: mean and standard deviation over -seedN
     python eval.py separators/vocals/checkpoint-20 --data=data/musdb --sources=vocals
 
-Writes results/<checkpoint>.json; several classifiers also get results/summary.json and .md.
-Then report.py draws the pictures from these files.
+Writes results/<checkpoint>.json and .npz (of a classifier: the scores of every clip). Several
+classifiers also get results/summary.json and .md. Then report.py draws the pictures from these.
 """
 import glob
 import itertools
 import json
-import math
 import os
 import re
 
 import numpy as np
 import torch
-from sklearn import metrics
 from tqdm import tqdm
 
+import metrics
 import model
 import report
 import runtime
@@ -42,146 +41,11 @@ seed = 1                # of the bootstrap
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
 # -----------------------------------------------------------------------------
 
-TAPS = 512                          # length of the distortion filters of BSSEval
-SIZE = 2 ** 15                      # of its Fourier transforms
-BLOCK = SIZE - TAPS                 # samples that are worked on at a time: a long song is large
 EXCERPT = 8 * SAMPLE_RATE           # what the picture of a separator shows
 
 
 # -----------------------------------------------------------------------------
 # separation
-
-def blocks(*waves):
-    """Yields the same piece of each wave (N,) as float64, piece after piece."""
-    for at in range(0, len(waves[0]), BLOCK):
-        yield [wave[at:at + BLOCK].astype(np.float64) for wave in waves]
-
-
-def si_sdr(reference, estimate):
-    """Scale-invariant SDR in dB of (N,), mean not removed (Le Roux et al. 2019)."""
-    power = sum(np.dot(r, r) for r, _ in blocks(reference, estimate))
-    scale = sum(np.dot(e, r) for r, e in blocks(reference, estimate)) / power
-    error = sum(np.sum((e - scale * r) ** 2) for r, e in blocks(reference, estimate))
-    return 10 * math.log10((scale ** 2 * power + 1e-12) / (error + 1e-12))
-
-
-def new_sdr(reference, estimate, delta=1e-7):
-    """SDR of the Music Demixing Challenge 2021 in dB of (N,): energies of the whole song."""
-    power = sum(np.sum(r ** 2) for r, _ in blocks(reference, estimate))
-    error = sum(np.sum((r - e) ** 2) for r, e in blocks(reference, estimate))
-    return 10 * math.log10((power + delta) / (error + delta))
-
-
-def correlations(left, right):
-    """r[i, j, k] = sum over t of left[i][t] right[j][t + k] for the lags k = 0..511.
-
-    left and right are lists of I and J waves (N,); the result is (I, J, 512) in float64.
-    """
-    total = 0.0
-    for at in range(0, len(left[0]), BLOCK):
-        short = np.stack([wave[at:at + BLOCK] for wave in left])                # (I, BLOCK)
-        long = np.stack([wave[at:at + SIZE] for wave in right])                 # (J, BLOCK + 512)
-        short = np.fft.rfft(short.astype(np.float64), SIZE)                     # (I, F)
-        long = np.fft.rfft(long.astype(np.float64), SIZE)                       # (J, F)
-        total = total + short.conj()[:, None] * long                            # (I, J, F)
-    return np.fft.irfft(total, SIZE)[..., :TAPS]
-
-
-def projection(among, onto):
-    """The least-squares filters that make an estimate out of the sources: (E, I, 512).
-
-    among (I, I, 512): correlations of the sources. onto (I, E, 512): those of the sources with
-    the estimates.
-    """
-    both = np.concatenate([among.swapaxes(0, 1)[..., :0:-1], among], 2)         # (I, I, 1023)
-    lag = np.arange(TAPS)[:, None] - np.arange(TAPS)                            # (512, 512)
-    gram = both[:, :, lag + TAPS - 1].transpose(0, 2, 1, 3)                     # (I, 512, I, 512)
-    n = len(among) * TAPS
-    gram = gram.reshape(n, n) + np.finfo(float).eps * np.eye(n)
-    wanted = onto.transpose(0, 2, 1).reshape(n, -1)                             # (I 512, E)
-    try:
-        found = np.linalg.solve(gram, wanted)
-    except np.linalg.LinAlgError:   # one source is another one, filtered
-        found = np.linalg.lstsq(gram, wanted)[0]
-    return found.T.reshape(-1, len(among), TAPS)                                # (E, I, 512)
-
-
-def bss_eval(references, estimates, frame=SAMPLE_RATE):
-    """SDR, SIR and SAR in dB of BSSEval v4, each (I, frames), from lists of I waves (N,).
-
-    The numbers are those of museval.metrics.bss_eval (Stöter et al. 2018), which needs memory for
-    dozens of such waves. One pass over the song finds the filters of 512 samples that turn the
-    references into each estimate; a second one compares frame by frame. A frame in which any
-    reference or estimate is silent has no value (NaN).
-    """
-    among, onto = correlations(references, references), correlations(references, estimates)
-    every = np.fft.rfft(projection(among, onto), SIZE)                          # (I, I, F)
-    alone = [projection(among[i:i + 1, i:i + 1], onto[i:i + 1, i:i + 1])[0, 0]
-             for i in range(len(references))]
-    alone = np.fft.rfft(alone, SIZE)                                            # (I, F)
-
-    starts = range(0, max(1, len(references[0]) - frame + 1), frame)
-    result = np.full((3, len(references), len(starts)), np.nan)
-    for column, at in enumerate(starts):
-        truth = np.stack([wave[at:at + frame] for wave in references]).astype(np.float64)
-        guess = np.stack([wave[at:at + frame] for wave in estimates]).astype(np.float64)
-        if not (truth.any(1).all() and guess.any(1).all()):
-            continue
-        # what of an estimate can be made out of its own source, and out of all sources
-        spectra, end = np.fft.rfft(truth, SIZE), truth.shape[1] + TAPS - 1      # (I, F)
-        own = np.fft.irfft(alone * spectra, SIZE)[:, :end]                      # (I, frame + 511)
-        mixed = np.fft.irfft((every * spectra).sum(1), SIZE)[:, :end]           # (I, frame + 511)
-        artifacts = mixed.copy()
-        artifacts[:, :truth.shape[1]] -= guess
-        pairs = (truth, guess - truth), (own, mixed - own), (mixed, artifacts)
-        for row, (good, bad) in zip(result, pairs, strict=True):
-            with np.errstate(divide="ignore"):                                  # no error: infinite
-                row[:, column] = 10 * np.log10((good ** 2).sum(1) / (bad ** 2).sum(1))
-    return result
-
-
-def song_metrics(references, estimates, wanted):
-    """{source: {SDR, SIR, SAR, SI-SDR, new SDR}} of a song, from {source: wave (N,)}.
-
-    Frames of 1 s and their median, as the tables of museval. Sources that are silent all through
-    the song are left out. Frames in which any source is silent do not count.
-    """
-    sounding = [s for s in references if np.any(references[s])]
-    result = {}
-    for s in [s for s in sounding if s in wanted]:
-        result[s] = {"SI-SDR": si_sdr(references[s], estimates[s]),
-                     "new SDR": new_sdr(references[s], estimates[s])}
-    if len(sounding) < 2:
-        return result
-    frames = bss_eval([references[s] for s in sounding], [estimates[s] for s in sounding])
-    for key, rows in zip(("SDR", "SIR", "SAR"), frames, strict=True):
-        for s, values in zip(sounding, rows, strict=True):
-            if s in wanted and np.isfinite(values).any():
-                result[s][key] = float(np.median(values[np.isfinite(values)]))
-    return result
-
-
-def oracle(mixture, references, piece=10 * SAMPLE_RATE):
-    """Ideal ratio masks |S| / sum |S| with the mixture's phase: K waves (N,) -> (K, N).
-
-    The spectrogram is the network's own. It is made piece by piece, each with all frames that
-    touch it, so a long song needs no more memory than a short one.
-    """
-    waves, edge, hop = [mixture, *references], model.EDGE, model.HOP
-    result = np.empty((len(references), len(mixture)), np.float32)
-    for at in range(0, len(mixture), piece):
-        n = min(piece, len(mixture) - at)
-        length = (math.ceil(n / hop) + 2) * hop + model.WIN
-        parts = [wave[max(0, at - edge):at - edge + length] for wave in waves]
-        silence = max(0, edge - at)                     # before the song, and below: after it
-        silence = silence, length - silence - len(parts[0])
-        some = np.stack([np.pad(part, silence) for part in parts])              # (1 + K, length)
-        spec = model.stft(torch.from_numpy(some))                               # (1 + K, T, 257)
-        size = spec[1:, :, :model.BINS].abs()                                   # (K, T, 256)
-        masks = torch.nn.functional.pad(size / (size.sum(0) + 1e-8), (0, 1), value=1.0)
-        result[:, at:at + n] = model.istft(masks * spec[0])[:, edge:edge + n].numpy()
-    return result
-
 
 def measure_song(net, songs, item):
     """(metrics of the model, the floor and the ceiling, excerpt (1 + 2 S, N)) of one song.
@@ -202,12 +66,12 @@ def measure_song(net, songs, item):
         estimates["rest"] = mixture - sum(estimates.values())
 
     row, floor = {"song": item["name"]}, dict.fromkeys(references, mixture)
-    row["model"] = song_metrics(references, estimates, net.sources)
-    row["floor"] = song_metrics(references, floor, net.sources)
+    row["model"] = metrics.song_metrics(references, estimates, net.sources)
+    row["floor"] = metrics.song_metrics(references, floor, net.sources)
     del separated, estimates                # of a long song they are large
-    ceiling = oracle(mixture, list(references.values()))
+    ceiling = metrics.oracle(mixture, list(references.values()))
     ceiling = dict(zip(references, ceiling, strict=True))
-    row["ceiling"] = song_metrics(references, ceiling, net.sources)
+    row["ceiling"] = metrics.song_metrics(references, ceiling, net.sources)
     return row, excerpt
 
 
@@ -265,53 +129,15 @@ def clip_scores(net, clips):
     return scores
 
 
-def tag_metrics(targets, scores):
-    """Macro ROC-AUC and PR-AUC (average precision) of (clips, classes), and the tags used.
-
-    Tags that no clip has, or every clip, have no AUC and are left out. ValueError if all are.
-    """
-    used = np.flatnonzero((targets.sum(0) > 0) & (targets.sum(0) < len(targets)))
-    if len(used) == 0:
-        raise ValueError("no tag has both positive and negative clips: there is no AUC")
-    truth, guess = targets[:, used], scores[:, used]
-    return {"ROC-AUC": metrics.roc_auc_score(truth, guess, average="macro"),
-            "PR-AUC": metrics.average_precision_score(truth, guess, average="macro"),
-            "tags used": len(used)}
-
-
-def genre_metrics(targets, scores):
-    """Accuracy, macro F1 and balanced accuracy of (clips, classes), over the classes that occur."""
-    truth, guess = targets.argmax(1), scores.argmax(1)
-    options = dict(labels=np.unique(truth), average="macro", zero_division=0)
-    return {"accuracy": metrics.accuracy_score(truth, guess),
-            "macro F1": metrics.f1_score(truth, guess, **options),
-            "balanced accuracy": metrics.recall_score(truth, guess, **options)}
-
-
-def interval(measure, targets, scores, resamples, seed):
-    """{metric: (low, high)}: 95 % bootstrap interval over clips, {} if there is none."""
-    rng, rows = np.random.default_rng(seed), []
-    for _ in range(resamples):
-        chosen = rng.integers(len(targets), size=len(targets))
-        try:
-            rows.append(measure(targets[chosen], scores[chosen]))
-        except ValueError:
-            continue                        # a resample in which no tag has an AUC
-    if not rows:
-        return {}
-    return {key: np.percentile([row[key] for row in rows], [2.5, 97.5]).tolist()
-            for key in rows[0] if key != "tags used"}
-
-
 def per_class(targets, scores, classes, multilabel):
     """One row per class: its clips, its AUCs or None, and its recall if a clip has one class."""
     rows, answers = [], scores.argmax(1)
     for i, class_name in enumerate(classes):
-        truth, score = targets[:, i], scores[:, i]
+        truth = targets[:, i]
         row = {"class": class_name, "clips": int(truth.sum()), "ROC-AUC": None, "PR-AUC": None}
         if 0 < truth.sum() < len(truth):
-            row["ROC-AUC"] = metrics.roc_auc_score(truth, score)
-            row["PR-AUC"] = metrics.average_precision_score(truth, score)
+            found = metrics.areas(truth, scores[:, i], np.ones((1, len(truth)), int))
+            row["ROC-AUC"], row["PR-AUC"] = (float(value[0]) for value in found)
         if not multilabel:
             row["recall"] = float((answers == i)[truth == 1].mean()) if truth.any() else None
         rows.append(row)
@@ -329,23 +155,25 @@ def check_classes(net, meta, path, clips):
         "was trained for")
 
 
-def evaluate_classifier(net, path, clips, split, resamples, seed):
-    """The results of a classifier."""
+def evaluate_classifier(net, path, clips, split, bootstrap, seed):
+    """(results, what of each clip they are made of) of a classifier."""
     targets, scores = clips.targets.numpy().astype(int), clip_scores(net, clips)
-    measure = tag_metrics if net.multilabel else genre_metrics
+    measure = metrics.tag_metrics if net.multilabel else metrics.genre_metrics
+    found = {key: value[0].item() for key, value in measure(targets, scores).items()}
+    if found.get("tags used") == 0:
+        raise ValueError(f"{path}: no tag has both positive and negative clips: there is no AUC")
     result = {"kind": "classifier", "classes": clips.classes, "clips": len(clips),
-              "metrics": measure(targets, scores),
-              "interval": interval(measure, targets, scores, resamples, seed),
+              "metrics": found,
+              "interval": metrics.interval(measure, targets, scores, bootstrap, seed),
               "per_class": per_class(targets, scores, clips.classes, net.multilabel)}
     if net.multilabel:
         shares = [r["clips"] for r in result["per_class"] if r["ROC-AUC"] is not None]
         result["floor"] = {"ROC-AUC": 0.5, "PR-AUC": float(np.mean(shares) / len(clips))}
     else:
-        truth, labels = targets.argmax(1), range(len(clips.classes))
         result["floor"] = {"accuracy": float(targets.mean(0).max()),
-                           "balanced accuracy": 1 / len(np.unique(truth))}
-        confusion = metrics.confusion_matrix(truth, scores.argmax(1), labels=labels)
-        result["confusion"] = confusion.tolist()                # rows are the true classes
+                           "balanced accuracy": 1 / int(targets.any(0).sum())}
+        answers = np.eye(len(clips.classes), dtype=int)[scores.argmax(1)]       # (clips, classes)
+        result["confusion"] = (targets.T @ answers).tolist()    # rows are the true classes
     print(f"{path}: {net.args['variant']} classifier of {len(clips.classes)} classes on "
           f"{clips.data.path}, {split}: {len(clips)} clips")
     keys = list(result["per_class"][0])[2:]
@@ -358,7 +186,8 @@ def evaluate_classifier(net, path, clips, split, resamples, seed):
         spread = "" if low is None else f"  95 % {low:.4f} to {high:.4f}"
         print(f"{key:24}{value:7.4g}{spread}")
     print("floor: " + ", ".join(f"{key} {value:.4f}" for key, value in result["floor"].items()))
-    return result
+    names = [item["name"] for item in clips.items]
+    return result, {"clips": names, "targets": targets.astype(np.uint8), "scores": scores}
 
 
 def summarise(results):
@@ -433,13 +262,14 @@ def check_results(paths, out, name, overwrite):
 
 
 def prepared_for(meta, path, kind, folder, split):
-    """The data in `folder`, else what the checkpoint was trained on."""
+    """The data in `folder`, else what the checkpoint was trained on; split by its fold, if any."""
+    fold = meta["config"].get("fold", -1)
     if folder:
-        return Prepared(folder, kind)
+        return Prepared(folder, kind, fold)
     folder = meta["config"].get("data")
     if not folder:
         die(f"{path} does not say what it was trained on: name a folder with --data=")
-    prepared = Prepared(folder, kind)
+    prepared = Prepared(folder, kind, fold)
     now = prepared.trained_on()
     if meta["config"].get("trained_on", now) != now:
         die(f"{folder} has other splits or labels than when {path} was trained, so that it may "
@@ -464,20 +294,27 @@ def main():
     for path in paths:
         net, meta = model.load(path, on)
         if meta["kind"] == "separator":
-            songs = prepared_for(meta, path, "stems", data, split)
-            result, excerpt = evaluate_separator(net, path, songs, split, sources)
+            prepared = prepared_for(meta, path, "stems", data, split)
+            result, excerpt = evaluate_separator(net, path, prepared, split, sources)
         else:
             prepared = prepared_for(meta, path, "clips", data, split)
             trained_for = meta.get("task") or ("tags" if net.multilabel else "genre")
             clips = Clips(prepared, split, task or trained_for)
             check_classes(net, meta, path, clips)
-            result, excerpt = evaluate_classifier(net, path, clips, split, bootstrap, seed), None
-        result = {"checkpoint": path, "step": meta["step"], "split": split, **result}
+            result, scored = evaluate_classifier(net, path, clips, split, bootstrap, seed)
+
+        # what the numbers are made of comes first: a .json file says that all is there
         target = os.path.join(out, run_name(path))
         os.makedirs(out, exist_ok=True)
-        write_atomically(json.dumps(result, indent=1), f"{target}.json")
-        if excerpt:
+        if result["kind"] == "separator":
             report.save_excerpt(f"{target}.npz", **excerpt)
+        else:
+            with runtime.atomic(f"{target}.npz", "wb") as f:
+                np.savez_compressed(f, **scored)
+        result = {"checkpoint": path, "step": meta["step"], "commit": meta.get("commit"),
+                  "config": meta["config"], "data": prepared.path, "split": split,
+                  "trained_on": prepared.trained_on(), **result}
+        write_atomically(json.dumps(result, indent=1), f"{target}.json")
         print(f"details and pictures: {target}*\n")
         results[run_name(path)] = result
 

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 
 import model
 import runtime
+import training
 from data import Clips, Prepared, prefetch
 from runtime import die
 
@@ -31,6 +32,8 @@ from runtime import die
 # files
 data = "data/mtat"              # prepared clips
 task = "tags"                   # label set: tags (several per clip) or genre (one per clip)
+fold = -1                       # cross-validation: test on this fold, validate on the next
+label_fraction = 1.0            # share of the training clips to learn from, stratified by class
 out = ""                        # best checkpoint; empty: ckpt/<configs>.pt
 init = ""                       # separator to start from: .pt or TensorFlow prefix; empty: random
 tail = ""                       # with variant v3: a trained tail-only checkpoint to join
@@ -88,6 +91,7 @@ def check_settings(config):
                      unet_lr=unet_lr, weight_decay=weight_decay, grad_clip=grad_clip)
     runtime.within(0, 1, dropout=dropout, warmup=warmup, bn_momentum=bn_momentum)
     runtime.within(0, 5, skips=skips)
+    runtime.within(1e-9, 1, label_fraction=label_fraction)
     if not sources:
         die("sources must name at least one mask")
     if variant == "tail" and (init or tail or freeze):
@@ -232,17 +236,18 @@ def main():
     if world > 1:
         die("finetune_cls.py runs in one process: start it with python, not torchrun")
     check_settings(config)
-    run = runtime.Run(out or f"ckpt/{'_'.join(names) or 'mtat'}.pt", resume, overwrite)
+    run = training.Run(out or f"ckpt/{'_'.join(names) or 'mtat'}.pt", resume, overwrite)
 
-    prepared = Prepared(data, "clips")
+    prepared = Prepared(data, "clips", fold)
     config |= {"trained_on": prepared.trained_on()}
-    train_clips, valid_clips = Clips(prepared, "train", task, seed), Clips(prepared, "valid", task)
+    train_clips = Clips(prepared, "train", task, seed, label_fraction)
+    valid_clips = Clips(prepared, "valid", task)
     used = clips_per_epoch(len(train_clips))
     per_epoch = used // batch_size
     if per_epoch == 0:
         die(f"{len(train_clips)} training clips do not fill one batch of {batch_size}: use a "
             "smaller --batch_size")
-    steps = epochs * per_epoch
+    steps, commit = epochs * per_epoch, training.git_commit()
 
     # the network, with what it starts from in it
     net = build(train_clips).to(torch_device)
@@ -256,6 +261,7 @@ def main():
     if run.saved:
         if run.saved["config"].get("tail_widths") == [0]:
             run.saved["config"]["tail_widths"] = []         # older runs said it so
+        run.saved["config"] = {"fold": -1, "label_fraction": 1.0, **run.saved["config"]}
         run.check_same(config)
         first, phase, since_best = run.saved["step"], run.saved["phase"], run.saved["since_best"]
         best = run.saved["best"]
@@ -279,7 +285,7 @@ def main():
         return train_clips.batch(epoch, order[at * batch_size:(at + 1) * batch_size])
 
     batches = prefetch(crops, range(first, steps), workers, torch_device.startswith("cuda"))
-    meter = runtime.Meter(run.saved.get("meter") if run.saved else None)
+    meter = training.Meter(run.saved.get("meter") if run.saved else None)
     stop = runtime.Stop()
     began = time.time()
     net.train()
@@ -291,6 +297,7 @@ def main():
         if validating or stopping:
             checkpoint = {
                 "kind": "classifier", "args": net.args, "task": task, "config": config,
+                "commit": commit,
                 "classes": train_clips.classes, "epoch": epoch, "step": step,
                 "model": runtime.finite_weights(net)}
             state = {

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import model
 import runtime
+import training
 from data import Mixes, Prepared, prefetch
 from runtime import die
 
@@ -128,12 +129,12 @@ def main():
     if writes:
         print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
     check_settings(config, world)
-    run = runtime.Run(out or f"ckpt/{'_'.join(names or sources)}.pt", resume, overwrite)
+    run = training.Run(out or f"ckpt/{'_'.join(names or sources)}.pt", resume, overwrite)
 
     # BatchNorm sees the batch of one process, so resuming needs as many processes
     songs = Prepared(data, "stems")
     config |= {"processes": world, "trained_on": songs.trained_on()}
-    micro = batch_size // (accumulate * world)
+    micro, commit = batch_size // (accumulate * world), training.git_commit()
     train_mixes, val_set = Mixes(songs, "train", sources, seed), Mixes(songs, "valid", sources, 0)
 
     # the network; `net` itself is saved and validated, its wrappers are for training only
@@ -166,7 +167,7 @@ def main():
         return train_mixes.batch((number * world + rank) * micro, micro)
 
     batches = prefetch(crops, range(first * accumulate, steps * accumulate), workers, pin=on_gpu)
-    meter = runtime.Meter(run.saved.get("meter") if run.saved else None)
+    meter = training.Meter(run.saved.get("meter") if run.saved else None)
     stop = runtime.Stop()
     began = time.time()
     net.train()
@@ -188,7 +189,7 @@ def main():
             if writes:
                 checkpoint = {
                     "kind": "separator", "args": net.args, "classes": None, "config": config,
-                    "step": step, "model": runtime.finite_weights(net)}
+                    "commit": commit, "step": step, "model": runtime.finite_weights(net)}
                 state = {
                     **checkpoint, "best": best, "best_step": best_step, "meter": meter.state(),
                     "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}

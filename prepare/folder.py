@@ -7,22 +7,25 @@ Your own clips: one folder per class, or a table of paths and labels.
 import os
 import posixpath
 
+from data import split_by_fold
 from prepare.files import inventory, is_audio, nfc, table
 from prepare.splits import SPLIT_NAMES
 from prepare.store import Listing
 
-csv = ""        # folder: a table with columns path, label and, if you like, split, group or artist
+csv = ""        # folder: a table: columns path, label and, if you like, split, fold, artist
 separator = ""  # folder: what stands between several labels in one cell of the table, such as |
+label = "label"  # folder: the column of the labels
 group = ""      # folder: the column of what must not be split up; empty: group, artist or album
 
 
-def listing(files, path="", csv="", separator="", group=""):
+def listing(files, path="", csv="", separator="", label="label", group=""):
     """One label per clip from folders or a table, or any number with a separator."""
     if csv:
         root, what = path or os.path.dirname(csv), f"clips of {csv}"
-        task, items, found = from_table(csv, root, separator, group)
-    elif separator or group:
-        raise ValueError("separator and group are for a table: give --csv=FILE, or leave them away")
+        task, items, found = from_table(csv, root, separator, label.lower(), group)
+    elif separator or group or label != "label":
+        raise ValueError("separator, label and group are for a table: give --csv=FILE, or leave "
+                         "them away")
     else:
         root, what = path, f"clips of {path}"
         task, items, found = from_folders(files, path)
@@ -88,24 +91,24 @@ def classes_of_folders(names):
 # -----------------------------------------------------------------------------
 # a table
 
-def from_table(csv, root, separator, group):
+def from_table(csv, root, separator, label, group):
     """(task, items with names of labels, {name: source})"""
     with open(csv, "rb") as f:
         raw = f.read()
     try:
-        task, items = read_csv(raw, separator, group)
+        task, items = read_csv(raw, separator, label, group)
     except ValueError as e:
         raise ValueError(f"{csv}: {e}") from e
     return task, items, find_files([item["name"] for item in items], root)
 
 
-def read_csv(raw, separator, group):
+def read_csv(raw, separator, label="label", group=""):
     """(task, items with names of labels) of a table given as bytes.
 
-    Columns are path and label; if there are more: split, and group, artist or album, which must
-    not be split up. With a separator a label is any number of tags, else it is one genre.
+    Columns are path and label; if there are more: split, fold, and group, artist or album, which
+    must not be split up. With a separator a label is any number of tags, else it is one genre.
     """
-    header, rows = read_rows(raw)
+    header, rows = read_rows(raw, label)
     if group and group.lower() not in header:
         raise ValueError(f"has no column {group!r} to group by, only {', '.join(header)}")
     filled = [g for g in ("group", "artist", "album") if any(row.get(g) for _, row in rows)]
@@ -113,21 +116,25 @@ def read_csv(raw, separator, group):
     task = "tags" if separator else "genre"
     items, seen = [], set()
     for line, row in rows:
-        labels = [row["label"]]
+        labels = [row[label]]
         if separator:
-            labels = sorted({label.strip() for label in row["label"].split(separator)} - {""})
+            labels = sorted({part.strip() for part in row[label].split(separator)} - {""})
         name = posixpath.normpath(row["path"])
         check_row(line, row, labels, seen, name)
         seen.add(name)
         split = SPLIT_NAMES.get(row.get("split", "").lower())
         items.append({"name": name, "split": split, task: labels, "group": row[group] or name})
+        if "fold" in row:
+            items[-1]["fold"] = int(row["fold"])
     if not items:
         raise ValueError("has no rows")
-    check_separator([row["label"] for _, row in rows], separator)
+    check_separator([row[label] for _, row in rows], separator)
+    if "fold" in header and "split" not in header:
+        split_by_fold(items, 0, "the table")
     return task, sorted(items, key=lambda item: item["name"])
 
 
-def read_rows(raw):
+def read_rows(raw, label):
     """(names of the columns, [(line, {column: cell})]) in composed Unicode."""
     first = raw.partition(b"\n")[0].decode("utf-8-sig", "replace")
     if first.startswith("sep="):  # Excel's way to name it
@@ -135,8 +142,8 @@ def read_rows(raw):
     rows = table(raw, max(",;\t", key=first.count))
     header = [cell.strip().lower() for cell in next(rows, (0, []))[1]]
     named = [name for name in header if name]
-    if not {"path", "label"} <= set(named) or len(set(named)) < len(named):
-        raise ValueError(f"needs the columns path and label, has {', '.join(header) or 'none'}")
+    if not {"path", label} <= set(named) or len(set(named)) < len(named):
+        raise ValueError(f"needs the columns path and {label}, has {', '.join(header) or 'none'}")
     found = []
     for line, cells in rows:
         cells = [nfc(cell.strip()) for cell in cells]
@@ -153,6 +160,8 @@ def check_row(line, row, labels, seen, name):
         raise ValueError(f"line {line}: no label (only with --separator may there be none)")
     if "split" in row and row["split"].lower() not in SPLIT_NAMES:
         raise ValueError(f"line {line}: split is {row['split']!r} instead of train, valid or test")
+    if "fold" in row and not row["fold"].isdecimal():
+        raise ValueError(f"line {line}: fold is {row['fold']!r} instead of a number from 0")
     if name in seen:
         raise ValueError(f"names {name} twice")
 

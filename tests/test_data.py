@@ -167,3 +167,43 @@ def test_what_was_trained_on_is_recognised(small, monkeypatch):
     assert small[1].trained_on() == before      # the test split is not trained on
     monkeypatch.setitem(item, "split", "train")
     assert small[1].trained_on() != before
+
+
+# -----------------------------------------------------------------------------
+# shares of the labels, folds
+
+def test_a_share_of_the_labels_has_every_class_in_its_share():
+    rng = np.random.default_rng(0)
+    targets = (rng.random((400, 6)) < [0.5, 0.3, 0.2, 0.1, 0.05, 0.01]).astype(int)
+    targets[0, 5] = 1
+    kept = data.some_of(targets, 0.25)
+    assert sorted(set(kept)) == kept.tolist() and abs(len(kept) - 100) <= 8
+    for counted, wanted in zip(targets[kept].sum(0), targets.sum(0) / 4, strict=True):
+        assert counted >= 1 and abs(counted - wanted) <= max(2, 0.2 * wanted)
+
+
+def test_the_same_labels_are_chosen_for_every_seed(small):
+    chosen = [[item["name"] for item in data.Clips(small[1], "train", task, seed, 0.5).items]
+              for task, seed in (("genre", 1), ("genre", 2), ("tags", 1))]
+    assert chosen[0] == chosen[1] and len(chosen[0]) == 5
+    clips = data.Clips(small[1], "train", "tags", 0, 0.5)
+    assert len(clips.targets) == len(clips.items) == len(chosen[2])
+
+
+def test_each_fold_is_tested_once_and_the_next_one_validates(demo, tmp_path):
+    (tmp_path / "audio.int16").symlink_to(demo / "demo_clips" / "audio.int16")
+    index = index_of(demo / "demo_clips")
+    for number, item in enumerate(index["items"]):
+        item["fold"] = number % 4
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    tested, hashes = [], set()
+    for fold in range(4):
+        prepared = data.Prepared(str(tmp_path), "clips", fold)
+        tested += [item["name"] for item in prepared.items("test")]
+        assert {item["fold"] for item in prepared.items("valid")} == {(fold + 1) % 4}
+        hashes.add(prepared.trained_on())
+    assert sorted(tested) == sorted(item["name"] for item in index["items"])
+    assert len(hashes) == 4
+    for fold, path in ((4, tmp_path), (0, demo / "demo_clips")):
+        with pytest.raises(ValueError, match="needs clips with folds"):
+            data.Prepared(str(path), "clips", fold)

@@ -181,7 +181,20 @@ def test_a_table_may_have_its_own_splits(clips):
         assert item["split"] == SPLITS[number % 3]
 
 
+def test_a_table_may_have_folds_and_its_labels_in_any_column(clips):
+    lines = [f"{k}.wav,{'ab'[k % 2]},calm|{'cd'[k % 2]},{k % 4}" for k in range(20)]
+    option = table(clips, ["path,genre,mood,fold", *lines])
+    assert own(clips, option, "--label=Mood", "--separator=|") == 0
+    assert found(clips)["classes"] == {"tags": ["c", "calm", "d"]}
+    split = {item["name"]: item["split"] for item in found(clips)["items"]}
+    assert split["0.wav"] == "test" and split["5.wav"] == "valid" and split["2.wav"] == "train"
+    assert own(clips, option, "--label=genre", name="genre") == 0
+    assert found(clips, "genre")["classes"] == {"genre": ["a", "b"]}
+
+
 @pytest.mark.parametrize("text, message", [
+    ("path,label,fold\na.wav,x,one", "fold is 'one'"),
+    ("path,label,fold\na.wav,x,0\nb.wav,x,1", "needs clips with folds 0, 1, 2"),
     ("path,genre\na,b", "needs the columns path and label"), ("path,label\na.wav", "1 cells"),
     ("path,label,split\na.wav,x,devel", "split is 'devel'"), ("", "needs the columns"),
     ("path,label\na.wav,x\na.wav,y", "names a.wav twice"), ("path,label\n", "has no rows"),

@@ -15,6 +15,7 @@ from conftest import ROOT, run
 import finetune_cls
 import pretrain_sep
 import runtime
+import training
 
 
 def configure(*argv, **more):
@@ -151,7 +152,7 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     for name in ("a.pt.123.tmp", "a.resume.9.tmp", "b.pt.123.tmp"):
         (tmp_path / name).write_text("half")
-    runtime.Run(str(tmp_path / "a.pt"), False, False).begin()
+    training.Run(str(tmp_path / "a.pt"), False, False).begin()
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "b.pt.123.tmp"]
 
 
@@ -169,7 +170,7 @@ def lines(*steps):
 def test_a_log_goes_on_at_the_saved_step(tmp_path):
     path, again = tmp_path / "a.jsonl", json.dumps({"step": 2, "val_loss": 1.0})
     path.write_text("\n".join([*lines(1, 2), again, *lines(3)]) + "\n")
-    kept = runtime.log_until(str(path), 2).splitlines()
+    kept = training.log_until(str(path), 2).splitlines()
     assert kept == lines(1, 2)  # validation follows saving: it comes again
 
 
@@ -177,7 +178,7 @@ def test_a_log_goes_on_at_the_saved_step(tmp_path):
 def test_a_damaged_line_of_a_log_is_told_and_left_out(tmp_path, capsys, damage):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([*lines(1), damage, *lines(2)]) + "\n")
-    assert runtime.log_until(str(path), 5).splitlines() == lines(1, 2)
+    assert training.log_until(str(path), 5).splitlines() == lines(1, 2)
     assert f"{path}: 1 damaged lines" in capsys.readouterr().out
 
 
@@ -188,21 +189,21 @@ def test_a_run_that_exists_is_not_written_over(tmp_path):
     out = str(tmp_path / "a.pt")
     (tmp_path / "a.jsonl").write_text("")
     with pytest.raises(SystemExit, match="a.jsonl exists: --resume=True"):
-        runtime.Run(out, resume=False, overwrite=False)
-    runtime.Run(out, resume=False, overwrite=True)
+        training.Run(out, resume=False, overwrite=False)
+    training.Run(out, resume=False, overwrite=True)
     with pytest.raises(SystemExit, match="to go on from"):
-        runtime.Run(out, resume=True, overwrite=False)
+        training.Run(out, resume=True, overwrite=False)
 
 
 def test_a_link_to_nowhere_and_a_folder_that_cannot_be_are_told_at_once(tmp_path):
     (tmp_path / "a.pt").symlink_to("nowhere")
     with pytest.raises(SystemExit, match="a link to nowhere, which does not exist"):
-        runtime.Run(str(tmp_path / "a.pt"), False, False)
+        training.Run(str(tmp_path / "a.pt"), False, False)
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError):
-        runtime.Run(str(tmp_path / "file" / "a.pt"), False, False)
+        training.Run(str(tmp_path / "file" / "a.pt"), False, False)
     with pytest.raises(SystemExit, match="must end in .pt"):
-        runtime.Run(str(tmp_path / "a"), False, False)
+        training.Run(str(tmp_path / "a"), False, False)
 
 
 def test_a_missing_best_checkpoint_is_told_before_training(tmp_path):
@@ -210,7 +211,7 @@ def test_a_missing_best_checkpoint_is_told_before_training(tmp_path):
              "optimizer": {}, "scaler": {}}
     torch.save(state, tmp_path / "a.resume")
     with pytest.raises(SystemExit, match="a.pt is missing, the best checkpoint of this run"):
-        runtime.Run(str(tmp_path / "a.pt"), resume=True, overwrite=False)
+        training.Run(str(tmp_path / "a.pt"), resume=True, overwrite=False)
 
 
 def test_one_dataset_must_be_named():

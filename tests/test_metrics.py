@@ -1,0 +1,239 @@
+"""
+Metrics against independent references: scikit-learn, museval, plain loops.
+
+    python -m pytest -q tests/test_metrics.py
+"""
+import importlib.util
+import math
+import os
+
+import numpy as np
+import pytest
+from conftest import RATE
+from sklearn import metrics as sk
+
+import metrics
+
+
+@pytest.fixture(scope="module")
+def museval():
+    """Its metrics alone: the package imports what refuses to load without an ffmpeg program."""
+    folder = importlib.util.find_spec("museval").submodule_search_locations[0]
+    spec = importlib.util.spec_from_file_location("m", os.path.join(folder, "metrics.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def songs(sources=2, seconds=5, seed=0, overlap=0.3):
+    """References and estimates, lists of float32 waves, that are related but not the same."""
+    rng = np.random.default_rng(seed)
+    truth = [rng.standard_normal(seconds * RATE).astype(np.float32) for _ in range(sources)]
+    guess = []
+    for i, wave in enumerate(truth):
+        filtered = np.convolve(wave, [0.9, 0.2, -0.1])[:len(wave)]
+        other = truth[(i + 1) % sources]
+        noise = 0.1 * rng.standard_normal(len(wave))
+        guess.append((filtered + overlap * other + noise).astype(np.float32))
+    return truth, guess
+
+
+@pytest.mark.parametrize("sources, seconds", [(2, 5), (4, 7), (2, 1)])
+def test_bss_eval_is_musevals(museval, sources, seconds):
+    truth, guess = songs(sources, seconds)
+    stacked = [np.stack(waves).astype(np.float64)[..., None] for waves in (truth, guess)]
+    sdr, _, sir, sar, _ = museval.bss_eval(*stacked, window=RATE, hop=RATE,
+                                           compute_permutation=False)
+    for ours, theirs in zip(metrics.bss_eval(truth, guess), (sdr, sir, sar), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_frames_with_a_silent_source_have_no_value(museval):
+    truth, guess = songs(2, 4)
+    truth[0][RATE:2 * RATE] = 0
+    ours = metrics.bss_eval(truth, guess)
+    stacked = [np.stack(waves).astype(np.float64)[..., None] for waves in (truth, guess)]
+    theirs = museval.bss_eval(*stacked, window=RATE, hop=RATE, compute_permutation=False)[0]
+    assert np.isnan(ours[:, :, 1]).all() and np.isfinite(np.delete(ours, 1, 2)).all()
+    np.testing.assert_allclose(ours[0], theirs, atol=1e-4)
+
+
+def test_sdr_of_a_song_against_plain_formulas():
+    (truth, _), (guess, _) = songs()
+    truth, guess = truth.astype(np.float64), guess.astype(np.float64)
+    error = np.sum((truth - guess) ** 2)
+    assert metrics.new_sdr(truth, guess) == pytest.approx(
+        10 * math.log10(np.sum(truth ** 2) / error), abs=1e-6)
+    scaled = np.dot(guess, truth) / np.dot(truth, truth) * truth
+    plain = 10 * math.log10(np.sum(scaled ** 2) / np.sum((guess - scaled) ** 2))
+    assert metrics.si_sdr(truth, guess) == pytest.approx(plain, abs=1e-6)
+    assert metrics.si_sdr(truth, 0.1 * guess) == pytest.approx(plain, abs=1e-6)
+
+
+def test_a_source_that_is_silent_all_through_is_left_out():
+    (vocals, bass), (guess, other) = songs()
+    silence = np.zeros_like(vocals)
+    truth, guess = {"vocals": vocals, "bass": bass}, {"vocals": guess, "bass": other}
+    whole = metrics.song_metrics(truth, guess, ["vocals", "drums"])
+    more = metrics.song_metrics({**truth, "drums": silence}, {**guess, "drums": other},
+                                   ["vocals", "drums"])
+    assert whole == more and "drums" not in whole
+    alone = metrics.song_metrics({"vocals": vocals, "rest": silence}, guess, ["vocals"])
+    assert set(alone["vocals"]) == {"SI-SDR", "new SDR"}
+
+
+def test_the_ceiling_in_pieces_is_the_ceiling_at_once():
+    truth, _ = songs(2, 11)
+    mixture = sum(truth)
+    whole = metrics.oracle(mixture, truth, piece=10 ** 9)
+    pieces = metrics.oracle(mixture, truth, piece=2 * RATE)
+    np.testing.assert_allclose(pieces, whole, atol=1e-5)
+    assert metrics.si_sdr(truth[0], whole[0]) > metrics.si_sdr(truth[0], mixture) + 2
+
+
+# -----------------------------------------------------------------------------
+# classification
+
+def some_tags(kind, seed, clips=60, tags=6):
+    """Targets and scores, of which some are awkward."""
+    rng = np.random.default_rng(seed)
+    targets, scores = (rng.random((clips, tags)) < 0.3).astype(int), rng.random((clips, tags))
+    targets[0], targets[1] = 1, 0       # each tag has both kinds of clips
+    if kind == "ties":
+        scores = np.round(scores, 1)
+    if kind == "all alike":
+        scores[:] = 0.5
+    if kind == "one clip has it":
+        targets[1:] = 0
+    if kind == "one class only":
+        targets[:, 2], targets[:, 4] = 0, 1
+    if kind == "perfect":
+        scores = targets + 0.1 * scores
+    if kind == "tiny":
+        scores = scores * 1e-300
+    return targets, scores
+
+
+KINDS = ["random", "ties", "all alike", "one clip has it", "one class only", "perfect", "tiny"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tag_metrics_are_scikit_learns(kind):
+    targets, scores = some_tags(kind, 1)
+    used = [c for c in range(6) if 0 < targets[:, c].sum() < len(targets)]
+    found = metrics.tag_metrics(targets, scores)
+    assert found["tags used"].tolist() == [len(used)]
+    for key, theirs in (("ROC-AUC", sk.roc_auc_score), ("PR-AUC", sk.average_precision_score)):
+        assert found[key][0] == pytest.approx(theirs(targets[:, used], scores[:, used]), abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resampled_tag_metrics_are_those_of_the_clips_written_out(kind):
+    targets, scores = some_tags(kind, 2)
+    counts = metrics.resamples(len(targets), 5, 1)
+    found = metrics.tag_metrics(targets, scores, counts)
+    for r, count in enumerate(counts):
+        drawn = np.repeat(np.arange(len(targets)), count)
+        alone = metrics.tag_metrics(targets[drawn], scores[drawn])
+        assert len(drawn) == len(targets)
+        for key in found:
+            np.testing.assert_allclose(found[key][r], alone[key][0], atol=1e-12)
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order():
+    targets, scores = some_tags("ties", 3)
+    yes, no = scores[targets[:, 0] == 1, 0], scores[targets[:, 0] == 0, 0]
+    pairs = (yes[:, None] > no) + 0.5 * (yes[:, None] == no)
+    roc, _ = metrics.areas(targets[:, 0], scores[:, 0], np.ones((1, 60), int))
+    assert roc[0] == pytest.approx(pairs.mean())
+
+
+def test_a_single_clip_has_no_auc_and_no_number_is_no_score():
+    found = metrics.tag_metrics(np.array([[1, 0]]), np.array([[0.2, 0.3]]))
+    assert np.isnan(found["ROC-AUC"][0]) and found["tags used"][0] == 0
+    with pytest.raises(ValueError, match="all scores must be numbers"):
+        metrics.tag_metrics(np.array([[1], [0]]), np.array([[0.2], [math.nan]]))
+
+
+@pytest.mark.parametrize("present", [4, 2, 1])
+def test_genre_metrics_are_scikit_learns(present):
+    rng = np.random.default_rng(present)
+    truth, scores = rng.integers(present, size=50), rng.random((50, 4))
+    answers, counts = scores.argmax(1), metrics.resamples(50, 4, 1)
+    found = metrics.genre_metrics(np.eye(4, dtype=int)[truth], scores, counts)
+    for r, count in enumerate(counts):
+        options = dict(labels=np.unique(truth[count > 0]), average="macro", zero_division=0,
+                       sample_weight=count)
+        assert found["accuracy"][r] == pytest.approx(
+            sk.accuracy_score(truth, answers, sample_weight=count))
+        assert found["macro F1"][r] == pytest.approx(sk.f1_score(truth, answers, **options))
+        assert found["balanced accuracy"][r] == pytest.approx(
+            sk.recall_score(truth, answers, **options))
+
+
+@pytest.mark.parametrize("measure", [metrics.tag_metrics, metrics.genre_metrics])
+def test_metrics_do_not_depend_on_the_order_of_clips(measure):
+    targets, scores = some_tags("ties", 4)
+    if measure is metrics.genre_metrics:
+        targets = np.eye(6, dtype=int)[scores.argmin(1)]
+    order = np.random.default_rng(0).permutation(60)
+    before, after = measure(targets, scores), measure(targets[order], scores[order])
+    for key in before:
+        np.testing.assert_allclose(before[key], after[key], atol=1e-12)
+
+
+def test_the_interval_holds_the_value_and_follows_from_the_seed():
+    tags = some_tags("ties", 0)
+    low, high = metrics.interval(metrics.tag_metrics, *tags, 50, 1)["ROC-AUC"]
+    assert low < metrics.tag_metrics(*tags)["ROC-AUC"][0] < high
+    assert [low, high] == metrics.interval(metrics.tag_metrics, *tags, 50, 1)["ROC-AUC"]
+    assert metrics.interval(metrics.tag_metrics, *tags, 0, 1) == {}
+
+
+# -----------------------------------------------------------------------------
+# differences of pairs of runs
+
+def pairs_of(gain, clips, runs, seed=0):
+    """Two folds of genre runs; the first of a pair answers rightly more often, by `gain`."""
+    rng, pairs = np.random.default_rng(seed), []
+    truth = rng.integers(2, size=(2, clips))
+    for run in range(runs):
+        fold = run % 2
+        scores = []
+        for right in (0.6 + gain, 0.6):
+            answers = np.where(rng.random(clips) < right, truth[fold], 1 - truth[fold])
+            scores.append(np.eye(2)[answers])
+        pairs.append((fold, np.eye(2, dtype=int)[truth[fold]], *scores))
+    return pairs
+
+
+def test_the_paired_difference_is_the_mean_over_runs():
+    pairs = pairs_of(0.1, 50, 6)
+    mean, low, high, differences = metrics.paired_interval(
+        metrics.genre_metrics, pairs, 200, 1)["accuracy"]
+    plain = [(a.argmax(1) == t.argmax(1)).mean() - (b.argmax(1) == t.argmax(1)).mean()
+             for _, t, a, b in pairs]
+    np.testing.assert_allclose(differences, plain, atol=1e-12)
+    assert mean == pytest.approx(np.mean(plain)) and low < mean < high
+
+
+def test_a_row_against_itself_differs_by_nothing():
+    pairs = [(fold, truth, scores, scores) for fold, truth, scores, _ in pairs_of(0, 30, 4)]
+    found = metrics.paired_interval(metrics.genre_metrics, pairs, 100, 1)
+    assert all(value[:3] == (0, 0, 0) for value in found.values())
+
+
+def test_intervals_hold_the_true_difference_as_often_as_they_say():
+    held = 0
+    for seed in range(100):
+        pairs = pairs_of(0.15, 60, 8, seed)
+        _, low, high, _ = metrics.paired_interval(
+            metrics.genre_metrics, pairs, 200, 1)["accuracy"]
+        held += low <= 0.15 <= high
+    assert 86 <= held       # 95 of 100; a right one has less than 86 once in a thousand times
+
+
+def test_the_interval_of_many_clips_is_narrower():
+    ends = [metrics.paired_interval(metrics.genre_metrics, pairs_of(0.1, clips, 8), 200, 1)
+            ["accuracy"][1:3] for clips in (30, 3000)]
+    assert ends[0][1] - ends[0][0] > 3 * (ends[1][1] - ends[1][0])

@@ -1,0 +1,156 @@
+"""
+What both training loops need: the mean of the losses, and the files of a run.
+
+    run = training.Run("ckpt/vocals.pt", resume, overwrite)     # run.saved: what to go on from
+    meter = training.Meter()
+"""
+import glob
+import json
+import math
+import os
+import subprocess
+import time
+
+import torch
+
+import runtime
+from model import read_checkpoint
+from runtime import die
+
+
+class Meter:
+    """Mean loss, speed and waiting since the last log line; `saved` is the state() at a stop."""
+
+    def __init__(self, saved=None):
+        self.reset()
+        if saved:
+            self.loss, self.count, self.waited = saved["loss"], saved["count"], saved["waited"]
+            self.began -= saved["spent"]
+
+    def reset(self):
+        self.loss, self.count, self.waited, self.began = 0.0, 0, 0.0, time.time()
+
+    def next_batch(self, batches, device):
+        """The next tensors of an iterator, on the device; the time that this takes is noted."""
+        asked = time.time()
+        tensors = [t.to(device, non_blocking=True) for t in next(batches)]
+        self.waited += time.time() - asked
+        return tensors
+
+    def add(self, loss):
+        """The sum stays on the device: reading it waits for the GPU."""
+        self.loss = self.loss + loss.detach()
+        self.count += 1
+
+    def read(self, step, batch_size):
+        """{loss, clips_per_s, data_wait}, then begins again. Ends the script at a NaN in any."""
+        loss, spent = float(self.loss) / self.count, time.time() - self.began
+        if not math.isfinite(loss):
+            die(f"the loss is {loss} at step {step}: lower learning_rate, set grad_clip, or use "
+                "--dtype=float32 or bfloat16")
+        found = {"loss": loss, "clips_per_s": round(self.count * batch_size / spent, 2),
+                 "data_wait": round(self.waited / spent, 4)}
+        self.reset()
+        return found
+
+    def state(self):
+        return {"loss": torch.as_tensor(self.loss).cpu(), "count": self.count,
+                "waited": self.waited, "spent": time.time() - self.began}
+
+
+class Run:
+    """The files of a training run: the best checkpoint, what resuming needs, and the log.
+
+    NAME.pt is `out`; NAME.resume and NAME.jsonl lie next to it. `saved` is what NAME.resume holds
+    if the run is resumed, else None. Ends the script rather than write over a run that is there.
+    """
+
+    def __init__(self, out, resume, overwrite):
+        if not out.endswith(".pt"):
+            die(f"out={out} must end in .pt")
+        name = out.removesuffix(".pt")
+        self.files = self.out, self.last, self.log_path = out, name + ".resume", name + ".jsonl"
+        self.saved, self.started = None, time.time()
+        for path in self.files:
+            if os.path.islink(path) and not os.path.exists(path):
+                die(f"{path} is a link to {os.readlink(path)}, which does not exist: remove the "
+                    "link, or put the file back")
+        os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
+        found = [path for path in self.files if os.path.exists(path)]
+        if resume:
+            self._read_last()
+        elif found and not overwrite:
+            die(f"{found[0]} exists: --resume=True goes on with that run, --overwrite=True "
+                "replaces it, --out=ckpt/NAME.pt writes elsewhere")
+
+    def _read_last(self):
+        if not os.path.isfile(self.last):
+            die(f"resume=True, but there is no {self.last} to go on from")
+        self.saved = read_checkpoint(self.last)
+        if not {"config", "step", "best", "optimizer", "scaler"} <= self.saved.keys():
+            die(f"{self.last} holds a network, but not what resuming needs")
+        if math.isfinite(self.saved["best"]) and not os.path.isfile(self.out):
+            die(f"{self.out} is missing, the best checkpoint of this run so far (validation loss "
+                f"{self.saved['best']:.5f}): put it back, or start again with --overwrite=True")
+
+    def check_same(self, config):
+        """Ends the script if a resumed run was started with settings that change its course."""
+        old = self.saved["config"]
+        free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers"]
+        # what training sees of the data counts, wherever it lies; older runs did not note it
+        free.append("data" if "trained_on" in old else "trained_on")
+        changed = [key for key in config if old.get(key) != config[key] and key not in free]
+        if changed == ["trained_on"]:
+            die(f"the splits or labels in {config['data']} are not those that this run was started "
+                "with: give it another --out, or --overwrite=True")
+        if changed:
+            told = "; ".join(f"{key}: {old.get(key)!r} -> {config[key]!r}" for key in changed)
+            die(f"this run was started with other settings ({told}): resume it with the same")
+
+    def begin(self):
+        """Removes leftovers and opens the log; the process that writes calls this, once."""
+        for path in self.files:
+            for leftover in glob.glob(glob.escape(path) + ".*.tmp"):
+                os.remove(leftover)  # of a run that was killed while it saved
+        kept = log_until(self.log_path, self.saved["step"]) if self.saved else ""
+        runtime.write_atomically(kept, self.log_path)
+
+    def log(self, line, **entry):
+        """One entry to the screen, and to the file as a line of JSON."""
+        print(line, flush=True)
+        entry["seconds"] = round(time.time() - self.started, 2)
+        with runtime.naming(self.log_path), open(self.log_path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(entry) + "\n")
+
+
+def log_until(path, step):
+    """The text of a log up to a step. Damaged lines, as crashes leave them, are told, not kept."""
+    if not os.path.exists(path):
+        print(f"note: {path} is missing: the log begins here")
+        return ""
+    kept, damaged = "", 0
+    with open(path, encoding="utf-8", errors="replace") as f:
+        for line in f:
+            try:
+                entry = json.loads(line)
+                place = entry["step"], "val_loss" in entry
+            except (ValueError, TypeError, KeyError):
+                damaged += 1
+                continue
+            # saving comes before validating, so the validation of this step comes again
+            if place < (step, True):
+                kept += line.rstrip("\n") + "\n"
+    if damaged:
+        print(f"note: {path}: {damaged} damaged lines are left out")
+    return kept
+
+
+def git_commit():
+    """The commit of this code, with + if files differ from it; None if there is no git here."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    asked = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty=+"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
