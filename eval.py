@@ -36,6 +36,7 @@ split = "test"          # train, valid or test
 out = "results"         # folder to write to
 name = "summary"        # of the table over several checkpoints
 overwrite = False       # replace results that are there
+pictures = True         # draw them; report.py does so later
 bootstrap = 200         # resamples of the test clips for the 95 % interval; 0: no interval
 seed = 1                # of the bootstrap
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
@@ -315,7 +316,7 @@ def main():
                   "config": meta["config"], "data": prepared.path, "split": split,
                   "trained_on": prepared.trained_on(), **result}
         write_atomically(json.dumps(result, indent=1), f"{target}.json")
-        print(f"details and pictures: {target}*\n")
+        print(f"details: {target}*\n")
         results[run_name(path)] = result
 
     written, summary = list(results), summarise(results)
@@ -329,7 +330,7 @@ def main():
     elif len(paths) > 1:
         print("no common table: these checkpoints are not all classifiers of the same classes, "
               "measured on the same clips")
-    for result_name in written:
+    for result_name in written if pictures else []:
         report.draw(os.path.join(out, f"{result_name}.json"))
 
 

@@ -175,10 +175,7 @@ def make_audio(folder, listed, names, config):
     if listed.make:
         made = ((name, *listed.make(source)) for name, source in jobs)
     else:
-        cores = os.cpu_count()
-        if hasattr(os, "sched_getaffinity"):
-            cores = len(os.sched_getaffinity(0))
-        workers = min(config["workers"] or cores, len(jobs))
+        workers = min(config["workers"] or runtime.cores(), len(jobs))
         decoded = decode.decode_all(jobs, SAMPLE_RATE, workers, config["timeout"],
                                     int(config["memory"] * 2 ** 30))
         made = ((job[0], record, samples) for job, record, samples in decoded)

@@ -249,6 +249,63 @@ def draw_curves(log):
     return figure
 
 
+def draw_table(table):
+    """Per task, the first metric: every row's runs, its differences, and the curve over labels.
+
+    The differences to each baseline are of the largest share of the labels, with their intervals.
+    The curve is drawn if there are several shares.
+    """
+    entries, baselines = table["entries"], table["baselines"]
+    tasks = list(dict.fromkeys(entry["task"] for entry in entries))
+    shares = sorted({entry["labels"] for entry in entries})
+    wide = 1 + len(baselines) + (len(shares) > 1)
+    figure, axes = new_figure((1 + 3.3 * wide, 0.6 + 2.9 * len(tasks)), len(tasks), wide)
+    for line, task in zip(axes, tasks, strict=True):
+        of_task = [entry for entry in entries if entry["task"] == task]
+        most = max(entry["labels"] for entry in of_task)
+        shown = [entry for entry in of_task if entry["labels"] == most][:MOST][::-1]
+        names, font = readable([entry["row"] for entry in shown])
+        metric = next(iter(shown[0]["metrics"]))
+        for i, entry in enumerate(shown):
+            values = entry["metrics"][metric]
+            line[0].barh(i, np.mean(values), color=BLUE, alpha=0.35)
+            line[0].plot(values, [i] * len(values), "o", color=BLUE, markersize=3)
+            for ax, base in zip(line[1:], baselines, strict=False):
+                mean, low, high, _ = entry["differences"].get(base, {}).get(metric, [None] * 4)
+                if mean is not None:
+                    ax.plot([low, high], [i, i], color=BLUE)
+                    ax.plot([mean], [i], "o", color=BLUE)
+        line[0].set_xlim(left=max(0, min(min(e["metrics"][metric]) for e in shown) - 0.05))
+        line[0].set_xlabel(f"{metric}, {most:.0%} of the labels")
+        line[0].set_yticks(range(len(shown)), names, fontfamily=font)
+        line[0].set_title(shorten(task), fontsize=10)
+        for ax, base in zip(line[1:], baselines, strict=False):
+            ax.axvline(0, color=ORANGE, linestyle="--")
+            ax.set_yticks(range(len(shown)), [])
+            ax.set_ylim(line[0].get_ylim())
+            ax.set_xlabel(f"minus {shorten(base)}: {metric}, 95 %")
+        if len(shares) > 1:
+            draw_label_curve(line[-1], of_task, metric)
+    return figure
+
+
+def draw_label_curve(ax, entries, metric):
+    """Mean of a metric over the share of the labels, one line per row."""
+    rows = list(dict.fromkeys(entry["row"] for entry in entries))[:10]
+    names, font = readable(rows)
+    for row, name in zip(rows, names, strict=True):
+        points = sorted((e["labels"], np.mean(e["metrics"][metric]))
+                        for e in entries if e["row"] == row)
+        ax.plot(*zip(*points, strict=True), ".-", label=name)
+    ax.set_xscale("log")
+    ticks = sorted({entry["labels"] for entry in entries})
+    ax.set_xticks(ticks, [f"{share:.0%}" for share in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("share of the labels")
+    ax.set_ylabel(metric)
+    ax.legend(frameon=False, fontsize=7, prop={"family": font, "size": 7})
+
+
 def draw_summary(table):
     """Mean, standard deviation and every single run."""
     keys, total = list(table[0]["values"]), len(table)
@@ -303,6 +360,10 @@ def draw(path):
     result = read_result(path)
     if isinstance(result, list):                # the table over several checkpoints
         picture(f"{base}.png", failed, draw_summary, result)
+        return failed
+
+    if result["kind"] == "table":               # that of table.py
+        picture(f"{base}.png", failed, draw_table, result)
         return failed
 
     if result["kind"] == "separator":

@@ -67,6 +67,13 @@ def script(main):
     sys.exit(status)
 
 
+def cores():
+    """How many processor cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 class Stop:
     """Notes the first Ctrl-C or SIGTERM in `asked`. The second one ends the process at once."""
 

@@ -1,0 +1,379 @@
+"""
+Runs a whole table, rows x label fractions x folds x seeds, and says which row is better.
+
+    python table.py config/table_mtat.py                # all rows of the paper, seeds 1 to 5
+    python table.py config/table_mtat.py --jobs=4       # four runs at a time, the cores divided
+    python table.py config/table_mtat.py --print=True   # one line per run instead, for a cluster
+
+Runs what is missing, and skips what is finished. Ctrl-C and SIGTERM let every run save first. The
+same command goes on from there. Then, and with --jobs=0 at once, it writes OUT/table.md, .csv,
+.json and .png from the results of the runs alone: mean and standard deviation over the runs, and
+the paired difference to each baseline with a 95 % interval over test clips and runs.
+
+OUT/runs/ holds the checkpoint, log, printed text and results of each run, under its name.
+"""
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import numpy as np
+
+import metrics
+import report
+import runtime
+from runtime import die
+
+try:
+    import fcntl
+except ImportError:     # Windows has none
+    fcntl = None
+
+say = print             # below, print is a setting
+
+# -----------------------------------------------------------------------------
+# settings
+out = ""                # folder of the table; empty: results/<config>
+separators = {}         # {name: arguments of pretrain_sep.py}
+rows = {}               # {row: arguments of finetune_cls.py}; {NAME} is the checkpoint of a
+                        # separator, or of another row with the same task, fold, labels and seed
+tasks = {}              # {task: arguments of all its runs}
+labels = {1.0: ""}      # {share of the labelled clips: arguments of all its runs}
+folds = [-1]            # of a cross-validation; -1: the prepared split
+seeds = [1, 2, 3, 4, 5]
+baselines = ["scratch", "tail"]     # rows that the others are compared with
+jobs = 1                # runs at a time; 0: only the table of what is finished
+print = False           # print the commands that are left, one line per run, and run nothing
+bootstrap = 1000        # resamples for the intervals
+seed = 1                # of the resamples
+# -----------------------------------------------------------------------------
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+# settings that do not change what comes out, and the data, whose hash is in the results
+FREE = ("out", "resume", "overwrite", "data", "device", "compile", "log_every", "workers")
+
+
+class Job(NamedTuple):
+    """One line of work: train, then evaluate. A separator has no row."""
+    name: str
+    script: str
+    arguments: list
+    needs: list                 # names of the jobs whose checkpoints it starts from
+    row: str = ""
+    cell: tuple = ()            # (task, share of labels, fold, seed)
+
+
+# -----------------------------------------------------------------------------
+# what there is to run
+
+def checkpoint_of(name):
+    return os.path.join(out, "runs", f"{name}.pt")
+
+
+def result_of(name):
+    return os.path.join(out, "runs", f"{name}.json")
+
+
+def run_name(row, task, share, fold, number):
+    of_fold = f"-fold{fold}" if fold >= 0 else ""
+    of_labels = f"-labels{share:g}" if share < 1 else ""
+    return f"{task}-{row}{of_labels}{of_fold}-seed{number}"
+
+
+def plan():
+    """All jobs, such that what one needs comes before it; whole cells one after the other."""
+    found = [Job(name, "pretrain_sep.py", shlex.split(arguments), [])
+             for name, arguments in separators.items()]
+    for number in seeds:
+        for fold in folds:
+            for share, of_share in labels.items():
+                for task, of_task in tasks.items():
+                    of_all = [*shlex.split(of_task), *shlex.split(of_share), f"--seed={number}",
+                              f"--label_fraction={share}", f"--fold={fold}"]
+                    found += cell_jobs((task, share, fold, number), of_all)
+    return found
+
+
+def cell_jobs(cell, of_all):
+    """The jobs of all rows in a cell of the table."""
+    task, *place = cell
+    known = {row: run_name(row, task, *place) for row in rows}
+    known |= {name: name for name in separators}
+    paths = {name: checkpoint_of(job) for name, job in known.items()}
+    found = []
+    for row, of_row in rows.items():
+        needs = [known[name] for name in known if f"{{{name}}}" in of_row]
+        try:
+            arguments = shlex.split(of_row.format(**paths))
+        except (KeyError, IndexError, ValueError) as e:
+            die(f"rows: {row}: {of_row!r} names {e}, which is neither a separator nor a row")
+        name = run_name(row, task, *place)
+        found.append(Job(name, "finetune_cls.py", of_all + arguments, needs, row, cell))
+    return found
+
+
+def commands(job):
+    """The two command lines of a job, as lists, without Python itself."""
+    path = checkpoint_of(job.name)
+    begun = [path.removesuffix(".pt") + ending for ending in (".resume", ".jsonl", ".pt")]
+    how = []
+    if os.path.exists(begun[0]):
+        how = ["--resume=True"]
+    elif any(map(os.path.exists, begun)):
+        how = ["--overwrite=True"]      # stopped before anything was saved
+    train = [job.script, *job.arguments, f"--out={path}", *how]
+    test = ["eval.py", path, f"--out={os.path.dirname(path)}", "--pictures=False",
+            "--overwrite=True"]
+    return train, test
+
+
+def finished(job):
+    """Whether a job has its results. Ends the script if they come from other settings."""
+    path = result_of(job.name)
+    if not os.path.exists(path):
+        return False
+    then = report.read_result(path)["config"]
+    scope = {"__file__": os.path.join(HERE, job.script), "__doc__": ""}
+    now, _ = runtime.configure(scope, job.arguments)
+    for key in [key for key in now if key not in FREE]:
+        old, new = then.get(key, now[key]), now[key]
+        if key in ("init", "tail"):     # the folder of the table may have moved
+            old, new = os.path.basename(old), os.path.basename(new)
+        if old != new:
+            die(f"{path} was made with other settings ({key}: {old!r}, now {new!r}): choose "
+                "another --out, or delete its files")
+    return True
+
+
+# -----------------------------------------------------------------------------
+# running
+
+def hold(folder):
+    """Holds the folder until this process, and all that it has started, is gone."""
+    lock = os.open(os.path.join(folder, ".lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        die(f"runs of {folder} are still at work: wait for them, or stop them")
+    os.set_inheritable(lock, True)
+
+
+def start(command, job):
+    """A process that runs one command of a job, with its share of the cores."""
+    threads = max(1, runtime.cores() // jobs)
+    with open(checkpoint_of(job.name).removesuffix(".pt") + ".log", "a") as printed:
+        # in a session of its own, or it would be told twice of a Ctrl-C
+        return subprocess.Popen(
+            [sys.executable, os.path.join(HERE, command[0]), *command[1:]],
+            stdout=printed, stderr=printed, close_fds=False, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+
+
+def run_all(left):
+    """Runs jobs, several at a time; returns the names of those that failed."""
+    waiting, running, failed, ended = list(left), [], [], 0
+    stop, began = runtime.Stop(), time.time()
+    while running or waiting:
+        for job in list(waiting):
+            if set(job.needs) & set(failed):
+                waiting.remove(job)
+                failed.append(job.name)
+            elif len(running) < jobs and all(os.path.exists(result_of(n)) for n in job.needs):
+                waiting.remove(job)
+                train, test = commands(job)
+                running.append((job, start(train, job), [test]))
+        time.sleep(0.2)
+        if stop.asked:
+            for _, process, _ in running:
+                process.terminate()
+            for _, process, _ in running:
+                process.wait()
+            die("stopped; the same command goes on from there")
+
+        # what has ended goes on with its next command, or is done
+        for entry in list(running):
+            job, process, more = entry
+            status = process.poll()
+            if status is None:
+                continue
+            running.remove(entry)
+            if status == 0 and more:
+                running.append((job, start(more[0], job), more[1:]))
+                continue
+            ended += 1
+            left_s = (time.time() - began) / ended * (len(left) - ended)
+            what = f"failed, see {checkpoint_of(job.name).removesuffix('.pt')}.log"
+            if status == 0:
+                what = headline(report.read_result(result_of(job.name)))
+            else:
+                failed.append(job.name)
+            say(f"[{ended}/{len(left)}] {job.name}: {what} | ETA {runtime.clock(left_s)}",
+                flush=True)
+    return failed
+
+
+def headline(result):
+    """The first number of a result, in words."""
+    if result["kind"] == "classifier":
+        key, value = next(iter(result["metrics"].items()))
+        return f"{key} {value:.4f}"
+    medians = [f"{source} {of['model']['SI-SDR']:.2f}" for source, of in result["median"].items()]
+    return "SI-SDR in dB: " + ", ".join(medians)
+
+
+# -----------------------------------------------------------------------------
+# the table, from the files of the runs alone
+
+def load_run(name):
+    """(result, {clips, targets, scores}) of a run."""
+    result = report.read_result(result_of(name))
+    with np.load(result_of(name).removesuffix(".json") + ".npz") as saved:
+        scored = {key: saved[key] for key in ("clips", "targets", "scores")}
+    return result, {**scored, "targets": scored["targets"].astype(int)}
+
+
+def paired(runs, baseline):
+    """The test set, targets and both runs' scores of each cell in which both have a run."""
+    pairs = []
+    for cell, (_, scored) in runs.items():
+        if cell not in baseline:
+            continue
+        other = baseline[cell][1]
+        same = scored["clips"].tolist() == other["clips"].tolist()
+        if not same or not np.array_equal(scored["targets"], other["targets"]):
+            raise ValueError(f"two runs of {cell} were tested on other clips or labels: delete "
+                             "the older one, and run it again")
+        pairs.append((cell[2], scored["targets"], scored["scores"], other["scores"]))
+    return pairs
+
+
+def summarise(done):
+    """[{task, labels, row, runs, metrics, floor, differences}] of finished jobs."""
+    groups = {}
+    for job in done:
+        task, share = job.cell[:2]
+        groups.setdefault((task, share), {}).setdefault(job.row, {})[job.cell] = load_run(job.name)
+    table = []
+    for (task, share), of_rows in groups.items():
+        for row, runs in of_rows.items():
+            results = [result for result, _ in runs.values()]
+            keys = [key for key in results[0]["metrics"] if key != "tags used"]
+            entry = {"task": task, "labels": share, "row": row, "runs": len(runs),
+                     "metrics": {key: [r["metrics"][key] for r in results] for key in keys},
+                     "floor": results[0]["floor"], "differences": {}}
+            multilabel = "ROC-AUC" in keys
+            measure = metrics.tag_metrics if multilabel else metrics.genre_metrics
+            for base in baselines:
+                pairs = paired(runs, of_rows.get(base, {}))
+                if row != base and pairs:
+                    entry["differences"][base] = metrics.paired_interval(
+                        measure, pairs, bootstrap, seed)
+            table.append(entry)
+    return table
+
+
+def mean_and_spread(values, form=".3f"):
+    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
+
+
+def as_text(table):
+    """Markdown: one table per task and share of the labels."""
+    lines = []
+    for task, share in dict.fromkeys((entry["task"], entry["labels"]) for entry in table):
+        entries = [e for e in table if (e["task"], e["labels"]) == (task, share)]
+        keys = list(entries[0]["metrics"])[:2]
+        heads = [f"{key} minus {base}" for base in baselines for key in keys]
+        lines += [f"**{task}, {share:.0%} of the labels**", "",
+                  "| row | runs | " + " | ".join(keys + heads) + " |",
+                  "|---|" + "---|" * (1 + len(keys) + len(heads))]
+        for entry in entries:
+            cells = [mean_and_spread(entry["metrics"][key]) for key in keys]
+            for base in baselines:
+                for key in keys:
+                    found = entry["differences"].get(base, {}).get(key)
+                    cells.append("{:+.3f} ({:+.3f} to {:+.3f})".format(*found) if found else "")
+            lines.append(f"| {entry['row']} | {entry['runs']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_csv(table, path):
+    """One line per task, share of the labels, row and metric."""
+    heads = ["task", "labels", "row", "metric", "runs", "mean", "std"]
+    for base in baselines:
+        heads += [f"minus {base}", f"minus {base}: low", f"minus {base}: high",
+                  f"minus {base}: pairs"]
+    with runtime.atomic(path, "w", encoding="utf-8", newline="") as f:
+        lines = csv.writer(f)
+        lines.writerow(heads)
+        for entry in table:
+            for key, values in entry["metrics"].items():
+                spread = np.std(values, ddof=1) if len(values) > 1 else ""
+                cells = [entry["task"], entry["labels"], entry["row"], key, len(values),
+                         np.mean(values), spread]
+                for base in baselines:
+                    found = entry["differences"].get(base, {}).get(key)
+                    cells += [*found[:3], len(found[3])] if found else [""] * 4
+                lines.writerow(cells)
+
+
+# -----------------------------------------------------------------------------
+
+def check_settings(config, names):
+    if not rows or not tasks:
+        die("a table needs rows and tasks: name a config file, such as config/table_mtat.py")
+    runtime.check_numbers(config)
+    runtime.at_least(0, jobs=jobs)
+    runtime.at_least(1, bootstrap=bootstrap)
+    for what in (*separators, *rows, *tasks):
+        if not what or not what.replace("_", "").replace("+", "").isalnum():
+            die(f"{what!r} becomes part of a file's name: use letters, digits and _")
+    for share in labels:
+        if not isinstance(share, (int, float)) or not 0 < share <= 1:
+            die(f"labels must be {{share: arguments}} with shares above 0 and up to 1, got {share}")
+
+
+def main():
+    global out
+    config, names = runtime.configure(globals())
+    out = out or os.path.join("results", "_".join(names))
+    check_settings(config, names)
+    everything = plan()
+    os.makedirs(os.path.join(out, "runs"), exist_ok=True)
+    left = [job for job in everything if not finished(job)]
+    if print:
+        for job in left:
+            say(" && ".join("python " + shlex.join(command) for command in commands(job)))
+        return 0
+
+    hold(out)
+    failed = []
+    if jobs and left:
+        say(f"{len(everything)} runs, {len(everything) - len(left)} are finished; {jobs} at a time")
+        failed = run_all(left)
+    done = [job for job in everything if job.row and os.path.exists(result_of(job.name))]
+    if not done:
+        die(f"no run is finished in {out}")
+    table = summarise(done)
+    text, base = as_text(table), os.path.join(out, "table")
+    whole = {"kind": "table", "checkpoint": "", "baselines": baselines, "entries": table}
+    runtime.write_atomically(text, f"{base}.md")
+    runtime.write_atomically(json.dumps(whole, indent=1), f"{base}.json")
+    write_csv(table, f"{base}.csv")
+    say(f"\n{text}\nmean ± standard deviation over runs; differences are paired, with a 95 % "
+        f"interval over clips and runs; {base}.md, .csv, .json, .png")
+    report.draw(f"{base}.json")
+    if failed:
+        die(f"{len(failed)} of {len(left)} runs failed: {', '.join(failed[:3])}, ...; the same "
+            "command tries them again")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.script(main)

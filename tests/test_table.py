@@ -1,0 +1,157 @@
+"""
+The table over rows, label fractions and seeds: runs, goes on, and is made from files alone.
+
+    python -m pytest -q tests/test_table.py
+"""
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import CLS, ROOT, SEP, run
+from sklearn import metrics as sk
+
+CONFIG = """
+separators = {{"vocals": "config/vocals.py --data={demo}/demo_songs --steps=2 {sep}"}}
+tasks = {{"tags": "config/mtat.py --data={demo}/demo_clips {cls}"}}
+rows = {{
+    "tail": "config/tail.py",
+    "vocals": "--init={{vocals}}",
+    "joined": "--init={{vocals}} --variant=v3 --tail={{tail}}",
+}}
+labels = {{0.5: "--epochs=1"}}
+seeds = [1, 2]
+bootstrap = 50
+"""
+
+
+@pytest.fixture(scope="module")
+def config(demo, tmp_path_factory):
+    path = tmp_path_factory.mktemp("table") / "small.py"
+    sep, cls = (" ".join(f"'{a}'" for a in args) for args in (SEP, CLS))
+    path.write_text(CONFIG.format(demo=demo, sep=sep.replace('"', ""), cls=cls))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The folder of a table that ran through, and what was printed."""
+    out = tmp_path_factory.mktemp("whole")
+    return out, run(["table.py"], config, f"--out={out}", "--jobs=2")
+
+
+def results(out):
+    return {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
+
+
+def test_a_table_holds_every_row(whole):
+    out, said = whole
+    assert len(results(out)) == 1 + 3 * 2 and "[7/7]" in said
+    text = (out / "table.md").read_text()
+    assert text.count("\n| ") == 4 and text.strip() in said
+    assert (out / "table.png").read_bytes()[:4] == b"\x89PNG"
+    half = results(out)["tags-joined-labels0.5-seed2"]
+    assert half["config"]["label_fraction"] == 0.5 and half["config"]["epochs"] == 1
+    assert half["config"]["tail"].endswith("tags-tail-labels0.5-seed2.pt")
+
+
+def test_its_numbers_are_those_of_the_clips(whole):
+    out, _ = whole
+    aucs = {}
+    for row in ("vocals", "tail"):
+        for seed in (1, 2):
+            saved = np.load(out / "runs" / f"tags-{row}-labels0.5-seed{seed}.npz")
+            truth = saved["targets"]
+            used = (truth.sum(0) > 0) & (truth.sum(0) < len(truth))
+            aucs.setdefault(row, []).append(
+                sk.roc_auc_score(truth[:, used], saved["scores"][:, used]))
+    with open(out / "table.csv", newline="") as f:
+        lines = [line for line in csv.DictReader(f) if line["row"] == "vocals"
+                 and line["metric"] == "ROC-AUC"]
+    assert len(lines) == 1 and lines[0]["runs"] == lines[0]["minus tail: pairs"] == "2"
+    assert float(lines[0]["mean"]) == pytest.approx(np.mean(aucs["vocals"]))
+    assert float(lines[0]["std"]) == pytest.approx(np.std(aucs["vocals"], ddof=1))
+    gain = np.mean(aucs["vocals"]) - np.mean(aucs["tail"])
+    assert float(lines[0]["minus tail"]) == pytest.approx(gain)
+    assert float(lines[0]["minus tail: low"]) <= gain <= float(lines[0]["minus tail: high"])
+
+
+def test_what_is_finished_is_not_run_again(whole, config):
+    out, _ = whole
+    before = {path: path.stat().st_mtime for path in (out / "runs").iterdir()}
+    text = (out / "table.md").read_text()
+    assert "[1/" not in run(["table.py"], config, f"--out={out}")
+    assert before == {path: path.stat().st_mtime for path in (out / "runs").iterdir()}
+    assert (out / "table.md").read_text() == text
+
+
+def test_it_needs_the_results_of_the_runs_only(whole, config, tmp_path):
+    (tmp_path / "runs").mkdir()
+    for path in (whole[0] / "runs").iterdir():
+        if path.suffix in (".json", ".npz"):
+            (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+    run("table.py", config, f"--out={tmp_path}", "--jobs=0")
+    assert (tmp_path / "table.csv").read_text() == (whole[0] / "table.csv").read_text()
+
+
+def test_results_of_other_settings_are_refused(whole, config):
+    said = run("table.py", config, f"--out={whole[0]}", "--labels={0.5: '--epochs=3'}", ok=False)
+    assert "other settings (epochs: 1, now 3)" in said
+
+
+def test_killed_tables_go_on_to_the_same_scores(whole, config, tmp_path):
+    arguments = [sys.executable, "table.py", config, f"--out={tmp_path}", "--jobs=2"]
+    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(arguments, **options)
+        finished = len(results(tmp_path))
+        while len(results(tmp_path)) < finished + 2 and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(number)
+        said, _ = process.communicate(timeout=100)
+        assert process.returncode == 1 and "the same command goes on" in said, said
+    run(["table.py"], config, f"--out={tmp_path}", "--jobs=2")
+    for name in results(whole[0]):
+        if name.startswith("tags"):
+            ours, theirs = (np.load(out / "runs" / f"{name}.npz") for out in (tmp_path, whole[0]))
+            np.testing.assert_array_equal(ours["scores"], theirs["scores"])
+
+
+def test_two_tables_do_not_share_a_folder(config, tmp_path):
+    process = subprocess.Popen([sys.executable, "table.py", config, f"--out={tmp_path}"],
+                               cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("runs/*.log")):
+        time.sleep(0.05)
+    process.kill()          # its run goes on, and holds the folder
+    process.wait()
+    assert "are still at work" in run("table.py", config, f"--out={tmp_path}", ok=False)
+
+
+def test_commands_for_a_cluster_are_one_line_each(config, tmp_path):
+    lines = run("table.py", config, f"--out={tmp_path}", "--print=True").splitlines()
+    assert len(lines) == 7 and not list(tmp_path.glob("runs/*"))
+    assert lines[0].startswith("python pretrain_sep.py config/vocals.py ")
+    assert all(f"&& python eval.py {tmp_path}/runs/" in line for line in lines)
+
+
+def test_a_run_that_fails_costs_itself_and_what_needs_it(config, tmp_path):
+    said = run(["table.py"], config, f"--out={tmp_path}", "--seeds=1", "--jobs=2", "--labels={1.0: ''}",
+               "--rows={'a': '--variant=no', 'tail': '--variant=tail', 'b': '--tail={a}'}",
+               "--separators={}", ok=False)
+    assert "2 of 3 runs failed: tags-a-seed1, tags-b-seed1" in said
+    assert "| tail | 1 |" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.parametrize("option, message", [
+    ("--rows={}", "needs rows and tasks"), ("--jobs=-1", "jobs must be at least 0"),
+    ("--rows={'a/b': ''}", "becomes part of a file's name"),
+    ("--rows={'a': '--init={bass}'}", "neither a separator nor a row"),
+    ("--labels={2.0: ''}", "shares above 0"), ("--jobs=0", "no run is finished")])
+def test_wrong_settings_are_told(config, tmp_path, option, message):
+    assert message in run("table.py", config, f"--out={tmp_path}", option, ok=False)
