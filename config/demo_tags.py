@@ -1,4 +1,4 @@
-# The demo's tagger: 15 tags of synthetic clips, 96 of them to learn from.
+# The demo's tagger: 16 tags of synthetic clips, 96 of them to learn from.
 data = "data/demo_clips"
 task = "tags"
 sources = ["vocals", "other", "drums", "bass"]  # as config/demo_sep.py, if it starts from scratch

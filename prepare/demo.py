@@ -7,9 +7,9 @@ Drums, bass, other and vocals play on one grid of sixteenths, in one key, at ran
 levels. Bass and accompaniment share their low notes, accompaniment and voice their whole range:
 pitch alone does not tell the sources apart.
 
-What a clip is labelled with is a property of single sources: is there a voice and how high, which
-drum pattern, which bass line, which figure plays the chords. The genre follows from drums and bass.
-Few clips are labelled, so that what separation taught can matter.
+The tags are a miniature of MagnaTagATune's 50: instruments, kinds of voice, no voice, genres, tempo,
+loudness and mood, in about its proportions. The genre follows from drums and bass. Few clips are
+labelled, so that what separation taught can matter.
 """
 import functools
 
@@ -34,9 +34,10 @@ DRUMS = {  # hits on a bar of 16 sixteenths: kick, snare, hat
 }
 BASSES = ("held bass", "octave bass", "walking bass")
 FIGURES = ("pad", "arpeggio", "stabs")
-TAGS = ("voice", "low voice", "high voice", *DRUMS, *BASSES, *FIGURES, "fast", "minor key")
 GENRES = {"house": ("four on the floor", "octave bass"), "rock": ("backbeat", "held bass"),
           "jungle": ("breakbeat", "walking bass"), "ambient": ("no drums", "held bass")}
+TAGS = ("drums", *FIGURES, "voice", "low voice", "high voice", "voice in front", "no voice",
+        *GENRES, "fast", "loud", "minor key")
 VOWELS = (  # formants in Hz, Peterson & Barney 1952
     (730, 1090, 2440), (530, 1840, 2480), (270, 2290, 3010), (570, 840, 2410), (300, 870, 2240))
 TABLE = 2048            # samples of one period
@@ -111,14 +112,18 @@ def sketch(rng, full=False):
 
 def labels(song):
     """Names of the tags of a song."""
-    tags = [song["drums"], song["bass"], song["figure"]]
-    if song["voice"]:
-        tags += ["voice", song["voice"]]
-    if song["bpm"] > 120:
-        tags.append("fast")
-    if song["minor"]:
-        tags.append("minor key")
-    return tags
+    voice = song["voice"]
+    levels = 20 * np.log10(song["gains"])           # dB of drums, bass, other, vocals: -10 to 0
+    holds = {
+        song["figure"]: True, song["genre"]: True, voice: True,
+        "drums": song["drums"] != "no drums",
+        "voice": voice is not None,
+        "voice in front": voice is not None and levels.argmax() == 3,
+        "no voice": voice is None,
+        "fast": song["bpm"] > 120,
+        "loud": levels.mean() > -5,
+        "minor key": song["minor"]}
+    return [tag for tag in TAGS if holds.get(tag)]
 
 
 # -----------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def test_a_tag_that_all_clips_have_is_not_scored():
 
 def test_scores_do_not_depend_on_how_clips_come_together(demo):
     clips = data.Clips(data.Prepared(str(demo / "demo_clips"), "clips"), "test", "tags")
-    net = randomise(model.Classifier(15, True, "v1", widths=NARROW, tail_widths=TAIL))
+    net = randomise(model.Classifier(16, True, "v1", widths=NARROW, tail_widths=TAIL))
     together = torch.cat([clips.clip(n) for n in range(len(clips))])
     with torch.no_grad():
         together = torch.sigmoid(net(together)).numpy()

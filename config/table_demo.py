@@ -1,0 +1,13 @@
+# The demo: one separator, three networks, three seeds, on synthetic music. First:
+#     python prepare_data.py demo
+# Then:
+#     python table.py config/table_demo.py
+separators = {"separator": "config/demo_sep.py"}
+tasks = {"tags": "config/demo_tags.py"}
+rows = {
+    "tail": "config/tail.py",
+    "scratch": "config/scratch.py",
+    "pretrained": "--init={separator} --unet_lr=0.1",
+}
+seeds = [1, 2, 3]
+jobs = 2    # of one thread each on two cores: faster than one of two threads
