@@ -25,6 +25,7 @@ from collections import Counter
 
 from tqdm import tqdm
 
+import download
 import runtime
 from data import Prepared
 from model import SAMPLE_RATE
@@ -45,6 +46,7 @@ min_seconds = 3.862     # files with less audio are left out; the default is one
 shares = [0.8, 0.1, 0.1]    # train, valid and test of data that has no split of its own
 # -----------------------------------------------------------------------------
 
+ELSEWHERE = ", or take the dataset from elsewhere with --path=FOLDER"
 ROOMS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "prepare")
 
 
@@ -100,7 +102,7 @@ def list_dataset(room, config, folder):
     raw = os.path.join(config["out"], "raw", raw)
     with store.locked(raw):  # protocols and subsets share their downloads
         # an archive is not needed once all of it is decoded, or unpacked by hand
-        files.fetch(tables, raw)
+        download.fetch(tables, raw, ELSEWHERE)
         packed = {re.sub(r"\.\d{3}$", "", url.rsplit("/", 1)[1]) for url, _ in archives}
         listed = call(room.listing, config, files=files.inventory(raw, skip=packed))
         known = store.read_journal(folder)
@@ -109,7 +111,7 @@ def list_dataset(room, config, folder):
             return listed
         if known and not listed.items:
             return list_again(folder, f"{raw} is empty")
-        files.fetch(archives, raw)
+        download.fetch(archives, raw, ELSEWHERE)
         return call(room.listing, config, files=files.inventory(raw))
 
 

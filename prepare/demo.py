@@ -7,9 +7,9 @@ Drums, bass, other and vocals play on one grid of sixteenths, in one key, at ran
 levels. Bass and accompaniment share their low notes, accompaniment and voice their whole range:
 pitch alone does not tell the sources apart.
 
-The tags are a miniature of MagnaTagATune's 50: instruments, kinds of voice, no voice, genres, tempo,
-loudness and mood, in about its proportions. The genre follows from drums and bass. Few clips are
-labelled, so that what separation taught can matter.
+The tags are a miniature of MagnaTagATune's 50: instruments, kinds of voice, no voice, genres,
+tempo, loudness and mood, in about its proportions. The genre follows from drums and bass. Few clips
+are labelled, so that what separation taught can matter.
 """
 import functools
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 
+import download
 from data import FORMAT
 from model import SAMPLE_RATE
 from prepare import files
@@ -192,7 +193,7 @@ def append(folder, of, made, sources):
         with open(paths[0], "ab", buffering=0) as audio, open(paths[1], "ab", buffering=0) as lines:
             write(audio, lines, end, made, sources)
     except OSError as e:
-        if e.errno not in files.FULL or e.filename:
+        if e.errno not in download.FULL or e.filename:
             raise
         problem = f"{e.strerror}: mend that, and the same command goes on from here"
         raise OSError(e.errno, problem, folder) from e

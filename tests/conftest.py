@@ -1,4 +1,5 @@
 """What several test files need: scripts run as a user runs them, and small data and weights."""
+import http.server
 import json
 import multiprocessing
 import os
@@ -7,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 import soundfile as sf
 import torch
 
+import download
 import model
 import prepare_data
 
@@ -165,6 +168,57 @@ def tail_only(demo, tmp_path_factory):
     run("finetune_cls.py", "config/mtat.py", "config/tail.py", *CLS, f"--data={demo}/demo_clips",
         f"--out={out}")
     return out
+
+
+# -----------------------------------------------------------------------------
+# a server of files
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """files: {name: bytes}; mood: {name: what to do at the next requests}; seen: requests."""
+    files, mood, seen = {}, {}, []
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        name = self.path.strip("/")
+        moods, start = self.mood.get(name, []), 0
+        now = moods.pop(0) if moods and body else ""
+        wanted = self.headers.get("Range")
+        self.seen.append((self.command, name, wanted))
+        if now == "busy":
+            return self.send_error(503)
+        if name not in self.files:
+            return self.send_error(404)
+        content = self.files[name] if now != "wrong" else bytes(len(self.files[name]))
+        if wanted and now != "no ranges":
+            start = int(wanted.removeprefix("bytes=").split("-")[0])
+            if start >= len(content):
+                return self.send_error(416)
+            first = start + 100_000 if now == "other range" else start
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
+        else:
+            self.send_response(200)
+        if now != "no length":
+            self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        if body:
+            end = start + 300_000 if now in ("drop", "no length") else len(content)
+            self.wfile.write(content[start:end])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(download, "PAUSES", (0.01, 0.01))
+    Server.files, Server.mood, Server.seen = {}, {}, []
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{running.server_address[1]}/"
+    running.shutdown()
 
 
 # -----------------------------------------------------------------------------
