@@ -213,6 +213,8 @@ class Clips:
     `task` is the label set: "tags" (several per clip) or "genre" (one per clip), or what the index
     has. targets is (clips, classes), 0 or 1. With a fraction below 1 only such a share of the clips
     is there, see some_of(). ValueError if the task or its labels do not fit.
+
+    A crop has `crop` samples, which may be changed: transformers see more than convolutions.
     """
 
     def __init__(self, data, split, task, seed=0, fraction=1.0):
@@ -223,7 +225,7 @@ class Clips:
         if task not in tasks:
             raise ValueError(f"{data.path} has no task {task!r}, only {', '.join(tasks)}: choose "
                              "with --task=")
-        self.data, self.seed = data, seed
+        self.data, self.seed, self.crop = data, seed, CROP
         self.classes, self.multilabel = tasks[task], task in multilabel
         self.items = [i for i in data.items(split) if task in i]
         if not self.items:
@@ -259,8 +261,8 @@ class Clips:
         A clip that is shorter than one crop ends in silence.
         """
         wave = self.clip(number)[0]
-        wave = F.pad(wave, (0, max(0, CROP - len(wave))))
-        return wave.unfold(0, CROP, CROP)[:most]                                # (K, 61792)
+        wave = F.pad(wave, (0, max(0, self.crop - len(wave))))
+        return wave.unfold(0, self.crop, self.crop)[:most]                      # (K, 61792)
 
     def order(self, epoch):
         """The numbers of the clips in the order of an epoch."""
@@ -271,13 +273,13 @@ class Clips:
 
         Clips that are shorter than a crop end in silence.
         """
-        waves = np.zeros((len(numbers), CROP), np.float32)
+        waves = np.zeros((len(numbers), self.crop), np.float32)
         for wave, number in zip(waves, numbers, strict=True):
             item = self.items[number]
-            room = max(0, item["length"] - CROP)
+            room = max(0, item["length"] - self.crop)
             rng = np.random.default_rng([self.seed, epoch, int(number)])
             start = int(rng.integers(room + 1))
-            crop = self.data.read(item, None, start, min(CROP, item["length"]))
+            crop = self.data.read(item, None, start, min(self.crop, item["length"]))
             wave[:len(crop)] = crop
         return torch.from_numpy(waves), self.targets[numbers]
 

@@ -21,11 +21,12 @@ HEADERS = {"User-Agent": "music-sep-pretrain"}    # some servers refuse Python's
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS}
 
 
-def fetch(wanted, folder, hint=""):
+def fetch(wanted, folder, hint="", pauses=None):
     """Downloads what `folder` lacks of [(address, "algorithm:digest" or "size:bytes")].
 
     Without a checksum ("") what comes is taken as it is. Goes on where an earlier download broke
-    off. ValueError or OSError with what to do if it fails; `hint` adds another way out.
+    off. ValueError or OSError with what to do if it fails; `hint` adds another way out. `pauses`
+    are the seconds between attempts that bring nothing.
     """
     os.makedirs(folder, exist_ok=True)
     missing = []
@@ -41,7 +42,7 @@ def fetch(wanted, folder, hint=""):
     here = sum(have(path) for *_, path in missing)
     need_space(folder, sum(size or 0 for size in sizes) - here)
     for (url, checksum, path), size in zip(missing, sizes, strict=True):
-        fetch_one(url, path, size, hint)
+        fetch_one(url, path, size, hint, PAUSES if pauses is None else pauses)
         if checksum:
             check(path, checksum)
         os.replace(path + ".part", path)
@@ -77,12 +78,12 @@ def gone(url, e, hint):
                       f"{hint}")
 
 
-def fetch_one(url, path, size, hint):
+def fetch_one(url, path, size, hint, all_pauses):
     """url, of `size` bytes if that is known, to path.part.
 
     Tries again after a broken connection, a busy server or a wrong answer, with growing pauses.
     """
-    pauses = list(PAUSES)
+    pauses = list(all_pauses)
     while True:
         before = have(path)
         problem = "the connection broke off"
@@ -103,12 +104,12 @@ def fetch_one(url, path, size, hint):
 
         # what brought something starts over with short pauses
         if have(path) > before:
-            pauses = list(PAUSES)
+            pauses = list(all_pauses)
         there = f"{have(path) / 1e6:.1f} MB"
         if not pauses:
-            raise ValueError(f"{url}: {problem}, and {len(PAUSES)} attempts more brought nothing: "
-                             f"is there a network? The same command goes on from the {there} "
-                             f"that are there; or {hint}")
+            raise ValueError(f"{url}: {problem}, and {len(all_pauses)} attempts more brought "
+                             f"nothing: is there a network? The same command goes on from the "
+                             f"{there} that are there; or {hint}")
         pause = pauses.pop(0)
         print(f"{url}: {problem} at {there}, again in {pause} s", flush=True)
         time.sleep(pause)

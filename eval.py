@@ -237,6 +237,8 @@ def checkpoints(patterns):
 
 def run_name(path):
     """What results are called; those of a TensorFlow prefix begin with the name of its folder."""
+    if path.startswith("released:"):
+        return path.replace(":", "_")
     stem, ending = os.path.splitext(os.path.basename(path))
     if ending == ".pt":
         return stem
@@ -294,6 +296,8 @@ def main():
     results = {}
     for path in paths:
         net, meta = model.load(path, on)
+        if meta.get("as_published"):
+            print(f"{path}: published weights, trained with {meta['as_published']}")
         if meta["kind"] == "separator":
             prepared = prepared_for(meta, path, "stems", data, split)
             result, excerpt = evaluate_separator(net, path, prepared, split, sources)

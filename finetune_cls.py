@@ -8,6 +8,8 @@ Attaches a tail to a U-Net and trains the whole to tag music or name its genre (
     python finetune_cls.py config/mtat.py config/tail.py        # the tail alone
     python finetune_cls.py config/mtat.py --variant=v3 --init=ckpt/vocals.pt \\
         --tail=ckpt/mtat_tail.pt                            # join two trained halves
+    python finetune_cls.py config/mtat.py config/ast.py --init=released:vocals \\
+        --vit=ViT-B_16.npz                                  # a transformer in place of the tail
     python finetune_cls.py config/own_tags.py --data=data/mine --init=ckpt/vocals.pt
                                                             # your own clips
     python finetune_cls.py config/mtat.py --resume=True     # go on after a stop, to the same bits
@@ -26,6 +28,7 @@ import runtime
 import training
 from data import Clips, Prepared, prefetch
 from runtime import die
+from tail import load_vit
 
 # -----------------------------------------------------------------------------
 # settings: the paper's recipe for MagnaTagATune; override them in config/*.py or with --key=value
@@ -35,31 +38,39 @@ task = "tags"                   # label set: tags (several per clip) or genre (o
 fold = -1                       # cross-validation: test on this fold, validate on the next
 label_fraction = 1.0            # share of the training clips to learn from, stratified by class
 out = ""                        # best checkpoint; empty: ckpt/<configs>.pt
-init = ""                       # separator to start from: .pt or TensorFlow prefix; empty: random
-tail = ""                       # with variant v3: a trained tail-only checkpoint to join
+init = ""                       # start from it: .pt, released:NAME or TensorFlow prefix of a
+                                # separator, or of a classifier of the same variant
+tail = ""                       # with variant v3 or ast: a trained checkpoint of it alone to join
+vit = ""                        # with variant ast or ast_tail: .npz weights of a ViT to begin with
 resume = False                  # go on from the .resume file of that run
 overwrite = False               # replace a run that is there
 # network
-variant = "v1"                  # tail, v1 (concatenated skips), v3 (added by adapters), v3_concat
+variant = "v1"                  # tail, v1 (concatenated skips), v3 (added by adapters), v3_concat,
+                                # ast (transformer), ast_tail (transformer alone)
 skips = 5                       # decoder outputs that reach the tail, 0 to 5
 tail_widths = []                # channels of the seven tail blocks; empty: those of the variant
 dropout = 0.5                   # before the last layer
 mel_of_log = False              # the authors' v1 front end: mel of the log, not log of the mel
 bn_momentum = 0.01              # of the BatchNorm statistics; 0.01 here is 0.99 in Keras
+transformer = [768, 12, 12]     # ast: width, layers, heads
+frames = 0                      # ast: of a crop; 0: 768
+batch_scale = False             # ast: scale the input by the batch, as the authors do
 freeze = ""                     # unet or tail: keep its weights and BatchNorm statistics
 # the U-Net if there is no init (with one, these come from its checkpoint)
 sources = ["vocals"]            # masks: only their number matters here
 widths = [16, 32, 64, 128, 192, 192]  # channels of the six encoder blocks
 pool = ""                       # max or avg; empty: as in init, else max (the authors: always max)
 # optimisation
-recipe = "paper"                # paper: Adam, SGD from the best weights; modern: AdamW, cosine
+recipe = "paper"                # paper: Adam, SGD from the best weights; modern: AdamW, cosine;
+                                # ast: Adam at rates that are halved, then SGD
 batch_size = 16                 # clips, one random crop of each; at least 2
 chunk = 1024                    # an epoch is whole chunks of so many clips; 0: all whole batches
 epochs = 200                    # at most
 learning_rate = 1e-4            # Adam or AdamW
 unet_lr = 1.0                   # the U-Net learns at this share of every learning rate
 patience = 10                   # paper: epochs without a better loss before the next phase
-sgd_rates = [1e-3, 1e-4, 1e-5]  # paper: learning rates of the SGD phases
+sgd_rates = [1e-3, 1e-4, 1e-5]  # paper, ast: learning rates of the SGD phases
+halvings = 4                    # ast: of the rate, after 5 epochs and then after every 2
 warmup = 0.1                    # modern: share of the steps to warm up in
 weight_decay = 0.01             # modern
 grad_clip = 0.0                 # largest gradient norm; 0: no clipping, as in the paper
@@ -75,12 +86,16 @@ workers = 2                     # threads that cut crops ahead; 0: none
 # -----------------------------------------------------------------------------
 
 
+# variants that join a tail, and the variant of that tail alone
+ALONE = {"v3": "tail", "ast": "ast_tail"}
+
+
 def check_settings(config):
     """Ends the script at a setting that cannot work, before anything is trained or saved."""
     if any(type(width) is not int for width in tail_widths):
         die(f"tail_widths must be whole numbers, got {tail_widths}")
     runtime.check_numbers(config, "learning_rate", "sgd_rates", "widths", "tail_widths")
-    runtime.choose("recipe", recipe, ["paper", "modern"])
+    runtime.choose("recipe", recipe, ["paper", "modern", "ast"])
     runtime.choose("variant", variant, model.VARIANTS)
     runtime.choose("pool", pool, ["", "max", "avg"])
     runtime.choose("dtype", dtype, runtime.AMP_DTYPES)
@@ -88,17 +103,22 @@ def check_settings(config):
     runtime.at_least(2, batch_size=batch_size)      # BatchNorm cannot train on one clip
     runtime.at_least(1, val_crops=val_crops, log_every=log_every)
     runtime.at_least(0, epochs=epochs, workers=workers, chunk=chunk, patience=patience,
-                     unet_lr=unet_lr, weight_decay=weight_decay, grad_clip=grad_clip)
+                     unet_lr=unet_lr, weight_decay=weight_decay, grad_clip=grad_clip,
+                     halvings=halvings)
     runtime.within(0, 1, dropout=dropout, warmup=warmup, bn_momentum=bn_momentum)
     runtime.within(0, 5, skips=skips)
     runtime.within(1e-9, 1, label_fraction=label_fraction)
     if not sources:
         die("sources must name at least one mask")
-    if variant == "tail" and (init or tail or freeze):
-        die("variant=tail has only a tail: it takes no init, no tail and no freeze")
-    if tail and variant != "v3":
-        die("tail= needs variant=v3, whose tail has the same shapes with and without a U-Net "
-            f"(variant is {variant})")
+    if variant in ALONE.values() and (init or tail or freeze):
+        die(f"variant={variant} has only a tail: it takes no init, no tail and no freeze")
+    if tail and variant not in ALONE:
+        die("tail= needs variant=v3 or ast, whose tails have the same shapes with and without a "
+            f"U-Net (variant is {variant})")
+    if vit and not variant.startswith("ast"):
+        die(f"vit= needs variant=ast or ast_tail (variant is {variant})")
+    if len(transformer) != 3:
+        die(f"transformer must be width, layers and heads, got {transformer}")
 
 
 def crop_losses(logits, targets, multilabel):
@@ -150,67 +170,102 @@ def copy_by_name(part, weights, source, fresh=()):
     print(f"{len(weights)} of {len(own)} tensors from {source}" + (f", {more} new" if more else ""))
 
 
-def read_separator():
-    """The separator that `init` names."""
+def read_init():
+    """(network, meta) of what `init` names."""
     net, meta = model.load(init)
-    if meta["kind"] != "separator":
-        die(f"init={init} is a {meta['kind']}, fine-tuning starts from a separator: train one with "
-            "pretrain_sep.py")
+    if meta["kind"] == "classifier" and net.args["variant"] != variant:
+        die(f"init={init} is a classifier of variant {net.args['variant']}, not {variant}: start "
+            "from a separator, or from a classifier of the same variant")
     if meta["step"] == 0:
         print(f"note: {init} is from before its first step of training: it has learnt nothing")
-    return net
+    if meta.get("as_published"):
+        print(f"{init}: published weights, trained with {meta['as_published']}")
+    return net, meta
 
 
 def read_tail(n_inputs):
     """The weights of the tail that `tail` names, for `n_inputs` spectrograms in place of one."""
     net, meta = model.load(tail)
-    if meta["kind"] != "classifier" or meta["args"]["variant"] != "tail":
-        die(f"tail={tail} is not a tail-only classifier: train one with config/tail.py")
+    if meta["kind"] != "classifier" or meta["args"]["variant"] != ALONE[variant]:
+        die(f"tail={tail} is not a classifier of variant {ALONE[variant]}: train one with "
+            f"--variant={ALONE[variant]}")
     weights = net.tail.state_dict()
     # the first kernel saw one spectrogram: dividing keeps the size of what comes out
-    kernel = "blocks.0.convs.0.weight"
+    kernel = {"v3": "blocks.0.convs.0.weight", "ast": "patches.weight"}[variant]
     weights[kernel] = weights[kernel].expand(-1, n_inputs, -1, -1) / n_inputs   # (C, S + 1, 3, 3)
-    return weights
+    return {name: value for name, value in weights.items() if name not in ("mean", "std")}
 
 
 def build(clips):
-    """The classifier, with what `init` and `tail` hold already in it."""
+    """The classifier, with what `init`, `tail` and `vit` hold already in it."""
     unet_args = dict(sources=sources, widths=widths, pool=pool or "max")
+    old_mel = mel_of_log
     if init:
-        separator = read_separator()
-        unet_args = {key: separator.args[key] for key in unet_args}
+        source, meta = read_init()
+        unet_args = {key: source.args[key] for key in unet_args}
         unet_args["pool"] = pool or unet_args["pool"]
+        old_mel = mel_of_log or source.args.get("mel_of_log", False)
         print("U-Net as in init: " + ", ".join(f"{k} {v}" for k, v in unet_args.items()))
     torch.manual_seed(seed)
     net = model.Classifier(
         len(clips.classes), clips.multilabel, variant, skips, **unet_args,
-        tail_widths=tail_widths or None, dropout=dropout, mel_of_log=mel_of_log,
-        bn_momentum=bn_momentum)
+        tail_widths=tail_widths or None, dropout=dropout, mel_of_log=old_mel,
+        bn_momentum=bn_momentum, transformer=transformer, frames=frames, batch_scale=batch_scale)
+    if vit:
+        load_vit(net.tail, vit)
     if init:
-        copy_by_name(net.unet, separator.unet.state_dict(), init)
+        copy_by_name(net.unet, source.unet.state_dict(), init)
+    if init and meta["kind"] == "classifier":
+        weights = source.tail.state_dict()
+        if meta["classes"] != clips.classes:    # the last layer knows other classes
+            weights = {k: v for k, v in weights.items() if not k.startswith("out.")}
+        copy_by_name(net.tail, weights, init, fresh=["out."])
     if tail:
         weights = read_tail(len(unet_args["sources"]) + 1)
-        copy_by_name(net.tail, weights, tail, fresh=["adapter"])
+        copy_by_name(net.tail, weights, tail, fresh=["adapter", "mean", "std"])
     return net
 
 
+@torch.no_grad()
+def measure_scale(net, clips, device, most=64):
+    """Takes the scale of a transformer's input from crops of the training clips."""
+    numbers = clips.order(0)[:most]
+    net.eval()
+    parts = []
+    for at in range(0, len(numbers), batch_size):
+        wave, _ = clips.batch(0, numbers[at:at + batch_size])
+        parts.append(net.features(wave.to(device))[0])              # (B, S + 1, T, M)
+    net.tail.measure(torch.cat(parts))
+
+
+def phases():
+    """[(optimiser, learning rate, epochs or None)]: without epochs, until nothing gets better."""
+    slow = [("SGD", rate, None) for rate in sgd_rates]
+    if recipe == "modern":
+        return [("AdamW", learning_rate, None)]
+    if recipe == "paper":
+        return [("Adam", learning_rate, None), *slow]
+    halved = [("Adam", learning_rate / 2 ** k, 2) for k in range(1, halvings + 1)]
+    return [("Adam", learning_rate, 5), *halved, *slow]
+
+
 def make_optimizer(net, phase):
-    """phase 0 is Adam(W), phases 1.. of the paper's recipe are SGD."""
     groups = []
     for name, part in net.train_parts().items():
         share = unet_lr if name == "unet" else 1.0
         groups.append({"params": [p for p in part.parameters() if p.requires_grad], "share": share})
-    if recipe == "modern":
+    kind = phases()[phase][0]
+    if kind == "AdamW":
         return torch.optim.AdamW(groups, weight_decay=weight_decay)
-    if phase > 0:
+    if kind == "SGD":
         return torch.optim.SGD(groups)
     return torch.optim.Adam(groups, eps=1e-7)  # Keras' epsilon
 
 
 def lr_at(step, steps, phase):
-    """modern: linear warm-up, then half a cosine down to zero. paper: one rate per phase."""
-    if recipe == "paper":
-        return learning_rate if phase == 0 else sgd_rates[phase - 1]
+    """modern: linear warm-up, then half a cosine down to zero. Else one rate per phase."""
+    if recipe != "modern":
+        return phases()[phase][1]
     rising = max(1, int(warmup * steps))
     if step < rising:
         return learning_rate * (step + 1) / rising
@@ -251,23 +306,26 @@ def main():
 
     # the network, with what it starts from in it
     net = build(train_clips).to(torch_device)
+    train_clips.crop = valid_clips.crop = net.crop
     net.amp_dtype = runtime.AMP_DTYPES[dtype]
     parts = net.train_parts()
     if freeze:
         parts[freeze].requires_grad_(False)
     scaler = torch.amp.GradScaler(torch_device.split(":")[0], enabled=dtype == "float16")
-    first = phase = since_best = best_epoch = 0
+    first = phase = phase_began = since_best = best_epoch = 0
     best = math.inf
     if run.saved:
         if run.saved["config"].get("tail_widths") == [0]:
             run.saved["config"]["tail_widths"] = []         # older runs said it so
-        run.saved["config"] = {"fold": -1, "label_fraction": 1.0, **run.saved["config"]}
-        run.check_same(config)
+        run.check_same(config, __file__)
         first, phase, since_best = run.saved["step"], run.saved["phase"], run.saved["since_best"]
         best = run.saved["best"]
         best_epoch = run.saved.get("best_epoch", "?")       # older runs did not note it
+        phase_began = run.saved.get("phase_began", 0)
         net.load_state_dict(run.saved["model"])
         scaler.load_state_dict(run.saved["scaler"])
+    elif variant.startswith("ast") and not batch_scale:
+        measure_scale(net, train_clips, torch_device)
     optimizer = make_optimizer(net, phase)
     if run.saved:
         optimizer.load_state_dict(run.saved["optimizer"])
@@ -323,16 +381,19 @@ def main():
             run.log(f"epoch {epoch:3d}/{epochs} | validation loss {val_loss:.5f} (best {best:.5f})"
                     f"{eta}", epoch=epoch, step=step, val_loss=val_loss, best=best, phase=phase)
 
-            # the paper's recipe: when nothing gets better, go on from the best weights with SGD
-            if recipe == "paper" and since_best > patience and epoch < epochs:
-                if phase == len(sgd_rates):
+            # a phase ends after its epochs, or if nothing gets better: go on from the best weights
+            length = phases()[phase][2]
+            over = epoch - phase_began >= length if length else since_best > patience
+            if recipe != "modern" and over and epoch < epochs:
+                if phase == len(phases()) - 1:
                     print(f"no better validation loss for {since_best} epochs in the last phase: "
                           "done")
                     break
-                phase, since_best = phase + 1, 0
+                phase, phase_began, since_best = phase + 1, epoch, 0
                 net.load_state_dict(model.read_checkpoint(run.out)["model"])
                 optimizer = make_optimizer(net, phase)
-                print(f"phase {phase}: SGD at {sgd_rates[phase - 1]} from the best weights")
+                kind, rate, _ = phases()[phase]
+                print(f"phase {phase}: {kind} at {rate} from the best weights")
             net.train()
             meter.reset()
         if step == steps:

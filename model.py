@@ -3,7 +3,7 @@ The networks of "Pre-Training Music Classification Models via Music Source Separ
 (Garoufis et al., arXiv 2310.15845), and how to load and use them.
 
     import model
-    net, meta = model.load("ckpt/vocals.pt")    # or a TensorFlow prefix: "vocals/checkpoint-1"
+    net, meta = model.load("ckpt/vocals.pt")    # or "released:vocals", or a TensorFlow prefix
     stems = model.separate(net, wave)           # a Separator: a song (N,) -> (S, N), any length
     logits = net(wave)                          # a Classifier: (B, N) -> (B, classes)
 
@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tf_checkpoint
+from tail import Tail, Transformer, norm
 
 SAMPLE_RATE = 16000
 WIN, HOP = 512, 160
@@ -39,7 +40,10 @@ VARIANTS = {
     "v1": ((64, 128, 128, 128, 128, 128, 256), "concat"),
     "v3": ((64, 64, 128, 128, 128, 128, 256), "add"),
     "v3_concat": ((64, 64, 128, 128, 128, 128, 256), "concat"),
+    "ast": ((), "patches"),         # a transformer in place of the convolutions ...
+    "ast_tail": ((), None),         # ... and alone
 }
+AST_FRAMES = 768                    # of a crop of the transformer
 
 
 # -----------------------------------------------------------------------------
@@ -97,10 +101,6 @@ def log_compress(x):
 
 # -----------------------------------------------------------------------------
 # the U-Net (Kong et al. 2021, the plain baseline)
-
-def norm(channels, momentum):
-    return nn.BatchNorm2d(channels, eps=1e-3, momentum=momentum)
-
 
 def two_convs(c_in, c_out, momentum):
     """2 x [BatchNorm, LeakyReLU, Conv3x3]: normalised before the convolution, the input too."""
@@ -259,70 +259,17 @@ def separate(net, wave, batch=4):
 
 
 # -----------------------------------------------------------------------------
-# the tail (Won et al. 2020's short-chunk VGG, two convolutions per resolution), the classifier
-
-class TailBlock(nn.Module):
-    """2 x [Conv3x3, BatchNorm, ReLU], max pool; `join` is how a decoder output comes in.
-
-    join: None (there is none), concat (along channels), add (through a 1x1 convolution).
-    """
-
-    def __init__(self, c_in, c_out, c_skip, join, pool, momentum):
-        super().__init__()
-        self.join, self.pool = join, pool
-        if join == "add":
-            self.adapter = nn.Conv2d(c_skip, c_in, 1)
-        if join == "concat":
-            c_in = c_in + c_skip
-        self.convs = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out, momentum), nn.ReLU(),
-            nn.Conv2d(c_out, c_out, 3, padding=1), norm(c_out, momentum), nn.ReLU())
-
-    def forward(self, x, skip=None):
-        if self.join:
-            skip = F.max_pool2d(skip, (1, 2))                       # (B, C, T', F'/2), as mel
-        if self.join == "concat":
-            x = torch.cat([x, skip], 1)                             # (B, C + C', T', M')
-        elif self.join == "add":
-            x = x + self.adapter(skip)
-        return F.max_pool2d(self.convs(x), self.pool)
-
-
-class Tail(nn.Module):
-    """Mel spectrograms (B, S + 1, 384, 128) and decoder outputs -> logits (B, classes)."""
-
-    def __init__(self, c_in, n_classes, widths, join, skip_widths, dropout, momentum):
-        super().__init__()
-        self.blocks = nn.ModuleList()
-        for i, width in enumerate(widths):
-            joined = join is not None and 1 <= i <= len(skip_widths)
-            c_skip = skip_widths[i - 1] if joined else 0
-            pool = 2 if i < len(widths) - 1 else (3, 2)             # 3 in time: 384 = 3 x 2^7
-            self.blocks.append(
-                TailBlock(c_in, width, c_skip, join if joined else None, pool, momentum))
-            c_in = width
-        flat = 2 * widths[-1]                                       # 2 steps in time are left
-        self.dense = nn.Linear(flat, flat)
-        self.dense_norm = nn.BatchNorm1d(flat, eps=1e-3, momentum=momentum)
-        self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(flat, n_classes)
-
-    def forward(self, x, skips=()):
-        for i, block in enumerate(self.blocks):
-            skip = skips[i - 1] if block.join else None
-            x = block(x, skip)                                      # (B, C, T/2, M/2), ...
-        x = self.dense(x.flatten(1))                                # (B, 512)
-        return self.out(self.dropout(F.relu(self.dense_norm(x))))   # (B, classes)
-
+# the classifier
 
 class Classifier(nn.Module):
     """Waves (B, N) -> logits (B, classes), for sigmoid (multilabel) or softmax.
 
-    61,792 samples are one crop. A longer wave is cut into crops of 384 frames that overlap by
-    half; what is left over at the end is dropped. A shorter one is padded with zeros. The logits
-    are those of the mean score over the crops. ValueError if the wave has another form.
+    61,792 samples are one crop, `net.crop`. A longer wave is cut into crops of 384 frames that
+    overlap by half; what is left over at the end is dropped. A shorter one is padded with zeros.
+    The logits are those of the mean score over the crops. ValueError if the wave has another form.
 
-    variant: tail, v1 (skips concatenated), v3 (skips added through 1x1 adapters), v3_concat.
+    variant: tail, v1 (skips concatenated), v3 (skips added through 1x1 adapters), v3_concat; or
+    ast and ast_tail, with a transformer of (width, layers, heads) and crops of 768 frames.
     skips: how many decoder outputs join the tail, 0 to 5; the finest come first.
     mel_of_log: the tail sees mel(log10(|X| + 1e-4)) of the mixture, a slip of the authors' v1
     code that their weights were trained with. Else it sees log10(mel(|X|) + 1e-4).
@@ -331,35 +278,46 @@ class Classifier(nn.Module):
 
     def __init__(self, n_classes, multilabel, variant="v1", skips=5, sources=("vocals",),
                  widths=WIDTHS, pool="max", tail_widths=None, dropout=0.5, mel_of_log=False,
-                 bn_momentum=0.01):
+                 bn_momentum=0.01, transformer=(768, 12, 12), frames=0, batch_scale=False):
         super().__init__()
         if variant not in VARIANTS or not 0 <= skips <= 5:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)} and skips 0 to 5, "
                              f"got {variant!r} and {skips}")
         own_widths, join = VARIANTS[variant]
+        is_ast = variant.startswith("ast")
         tail_widths = tail_widths or own_widths
-        if len(widths) != 6 or len(tail_widths) != 7 or min(*widths, *tail_widths) < 1:
-            raise ValueError("widths must be six and tail_widths seven positive numbers, got "
-                             f"{list(widths)} and {list(tail_widths)}")
+        counts = len(widths), len(tail_widths)
+        if counts != (6, len(own_widths)) or min(*widths, *tail_widths) < 1:
+            raise ValueError("widths must be six and tail_widths seven positive numbers (none with "
+                             f"a transformer), got {list(widths)} and {list(tail_widths)}")
+        frames = frames or (AST_FRAMES if is_ast else FRAMES)
+        if frames < 64 or frames % 64 or not is_ast and frames != FRAMES:
+            raise ValueError(f"frames must be a multiple of 64, and {FRAMES} without a "
+                             f"transformer, got {frames}")
         self.args = dict(n_classes=n_classes, multilabel=multilabel, variant=variant, skips=skips,
                          sources=list(sources), widths=list(widths), pool=pool,
                          tail_widths=list(tail_widths), dropout=dropout, mel_of_log=mel_of_log,
-                         bn_momentum=bn_momentum)
+                         bn_momentum=bn_momentum, transformer=list(transformer), frames=frames,
+                         batch_scale=batch_scale)
         self.multilabel, self.mel_of_log, self.amp_dtype = multilabel, mel_of_log, None
+        self.frames, self.crop = frames, (frames - 1) * HOP + WIN
         self.unet, c_in, self.skips = None, 1, 0
         if join:
             self.unet = UNet(len(sources), tuple(widths), pool, bn_momentum)
             c_in, self.skips = len(sources) + 1, skips
         # tail block i = 1..skips takes decoder output 5 - i, which is as wide as encoder block i
         skip_widths = list(widths)[1:1 + self.skips]
-        self.tail = Tail(c_in, n_classes, tuple(tail_widths), join, skip_widths, dropout,
-                         bn_momentum)
+        if is_ast:
+            self.tail = Transformer(c_in, n_classes, frames, *transformer, skip_widths, batch_scale)
+        else:
+            self.tail = Tail(c_in, n_classes, tuple(tail_widths), join, skip_widths, dropout,
+                             bn_momentum)
         self.register_buffer("mel", mel_filters(), persistent=False)
         glorot_(self)
         self.to(memory_format=torch.channels_last)                  # faster, the same shapes
 
-    def crop_logits(self, wave):
-        """(B, 61792) -> (B, classes)."""
+    def features(self, wave):
+        """Crops (B, 61792) -> what the tail sees: (B, S + 1, T, M), and the decoder outputs."""
         magnitude = stft(wave)[..., :BINS].abs()[:, None]           # (B, 1, T, F)
         if self.mel_of_log:
             x = log_compress(magnitude) @ self.mel                  # (B, 1, T, M)
@@ -372,17 +330,22 @@ class Classifier(nn.Module):
             sources = log_compress((masks.float() * magnitude) @ self.mel)  # (B, S, T, M)
             x = torch.cat([sources, x], 1)                          # (B, S + 1, T, M)
             skips = [outputs[5 - i] for i in range(1, self.skips + 1)]
+        return x, skips
+
+    def crop_logits(self, wave):
+        """(B, 61792) -> (B, classes)."""
+        x, skips = self.features(wave)
         with autocast(wave, self.amp_dtype):
             return self.tail(x, skips).float()
 
     def forward(self, wave):
         check_wave(wave)
-        if wave.shape[1] == CROP:
+        if wave.shape[1] == self.crop:
             return self.crop_logits(wave)
-        wave = F.pad(wave, (0, max(0, CROP - wave.shape[1])))
+        wave = F.pad(wave, (0, max(0, self.crop - wave.shape[1])))
 
         # crops are views of the wave; 16 of them at a time keep the memory small
-        crops = wave.unfold(1, CROP, FRAMES // 2 * HOP)             # (B, K, 61792)
+        crops = wave.unfold(1, self.crop, self.frames // 2 * HOP)   # (B, K, 61792)
         logits = []
         for clip in crops:
             parts = map(self.crop_logits, clip.split(16))
@@ -420,6 +383,9 @@ def load(path, device="cpu"):
     is there is not a checkpoint of these networks.
     """
     path = str(path)
+    if path.startswith("released:"):
+        import released  # here: it knows the network and the datasets, which nobody else needs
+        return released.load(path.removeprefix("released:"), device)
     prefix = tf_checkpoint.prefix_of(path)
     if tf_checkpoint.is_checkpoint(prefix):
         net, meta = _load_tensorflow(prefix)
@@ -487,7 +453,15 @@ def _load_tensorflow(prefix):
                                  f"{tuple(ours.shape)}")
             ours.data.copy_(value)
     return net, {"kind": kind, "args": net.args, "classes": None, "step": None, "config": {},
-                 "source": "tensorflow"}
+                 "source": "tensorflow", "as_published": as_published(net)}
+
+
+def as_published(net):
+    """How the authors' code differs in what the weights of a network were trained with."""
+    found = [f"{net.args['pool']} pooling"] if net.args.get("variant") != "tail" else []
+    if net.args.get("mel_of_log"):
+        found.append("mel filters on the logarithm of the mixture")
+    return ", ".join(found)
 
 
 def _our_kernel(value, flattened):

@@ -145,7 +145,7 @@ def main():
     scaler = torch.amp.GradScaler(torch_device.split(":")[0], enabled=dtype == "float16")
     first, best, best_step = 0, math.inf, 0
     if run.saved:
-        run.check_same(config)
+        run.check_same(config, __file__)
         first, best = run.saved["step"], run.saved["best"]
         best_step = run.saved.get("best_step", "?")         # older runs did not note it
         net.load_state_dict(run.saved["model"])

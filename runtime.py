@@ -93,7 +93,7 @@ class Stop:
 # -----------------------------------------------------------------------------
 # configuration: plain assignments, overridden by Python files of assignments and by --key=value
 
-def _documented_keys(path):
+def documented_keys(path):
     """{key: (default, comment)} of the lower-case literal assignments at the top of a script."""
     with tokenize.open(path) as f:
         source = f.read()
@@ -111,6 +111,11 @@ def _documented_keys(path):
         if name.islower():
             keys[name] = (value, comments.get(node.end_lineno, ""))
     return keys
+
+
+def defaults(path):
+    """{key: default} of a script."""
+    return {key: default for key, (default, _) in documented_keys(path).items()}
 
 
 def _typed(key, value, default, where):
@@ -183,10 +188,10 @@ def configure(scope, argv=None, configs=True, more=()):
     SystemExit with one line for unknown keys and wrong types.
     """
     argv = sys.argv[1:] if argv is None else argv
-    own = _documented_keys(scope["__file__"])
+    own = documented_keys(scope["__file__"])
     keys = dict(own)
     for path in more:
-        keys |= {key: its for key, its in _documented_keys(path).items() if key not in keys}
+        keys |= {key: its for key, its in documented_keys(path).items() if key not in keys}
     if "--help" in argv or "-h" in argv:
         print(scope["__doc__"].strip() + "\n\nkeys, as --key=value:")
         for key, (default, comment) in keys.items():

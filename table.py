@@ -136,11 +136,11 @@ def finished(job):
     path = result_of(job.name)
     if not os.path.exists(path):
         return False
-    then = report.read_result(path)["config"]
-    scope = {"__file__": os.path.join(HERE, job.script), "__doc__": ""}
-    now, _ = runtime.configure(scope, job.arguments)
+    script = os.path.join(HERE, job.script)
+    then = runtime.defaults(script) | report.read_result(path)["config"]
+    now, _ = runtime.configure({"__file__": script, "__doc__": ""}, job.arguments)
     for key in [key for key in now if key not in FREE]:
-        old, new = then.get(key, now[key]), now[key]
+        old, new = then[key], now[key]
         if key in ("init", "tail"):     # the folder of the table may have moved
             old, new = os.path.basename(old), os.path.basename(new)
         if old != new:

@@ -93,9 +93,10 @@ class Run:
             die(f"{self.out} is missing, the best checkpoint of this run so far (validation loss "
                 f"{self.saved['best']:.5f}): put it back, or start again with --overwrite=True")
 
-    def check_same(self, config):
+    def check_same(self, config, script):
         """Ends the script if a resumed run was started with settings that change its course."""
-        old = self.saved["config"]
+        # what older versions of the script had no key for, they did as is the default
+        old = runtime.defaults(script) | self.saved["config"]
         free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers"]
         # what training sees of the data counts, wherever it lies; older runs did not note it
         free.append("data" if "trained_on" in old else "trained_on")

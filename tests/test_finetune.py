@@ -174,6 +174,7 @@ json.dump(answers, open({str(root / "answers.json")!r}, "w"))"""
     return json.loads((root / "answers.json").read_text())
 
 
+AST = [arg for arg in CLS if "tail_widths" not in arg] + ["--variant=ast"]
 SMALL = [arg for arg in CLS if not arg.startswith("--epochs")]
 WRONG = [
     ("pretrain_sep.py", ["--data=nowhere"], "no prepared data in nowhere"),
@@ -193,7 +194,7 @@ WRONG = [
     ("pretrain_sep.py", ["SONGS", "{demo}/demo_songs/audio.int16"], "audio.int16: "),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--tail_widths=4,4"], "tail_widths seven"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=tail", "--freeze=tail"], "has only a tail"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--init={tail}"], "starts from a separator"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--init={tail}"], "is a classifier of variant tail"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--init=none.pt"], "no checkpoint at none.pt"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--init=README.md"], "cannot be read as a checkpoint"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--task=mood"], "no task 'mood'"),
@@ -202,10 +203,19 @@ WRONG = [
     ("finetune_cls.py", ["CLIPS", *SMALL, "--dropout=1.5"], "dropout must be from 0 to 1"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--tail={tail}"], "needs variant=v3"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=v3", "--tail={separator}"],
-     "not a tail-only classifier"),
+     "not a classifier of variant tail"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=v3", "--tail={tail}", "--task=genre"],
      "of another shape"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--skips=6"], "skips must be from 0 to 5"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--label_fraction=0"], "label_fraction must be from"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--fold=0"], "needs clips with folds 0, 1, 2"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--vit=v.npz"], "vit= needs variant=ast"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--frames=768"], "384 without a transformer"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--frames=100"], "frames must be a multiple of 64"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--transformer=32,4,2"], "with 4 layers --skips is at"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--transformer=30,12,4"], "a multiple of the heads"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--vit=README.md"], "is not the .npz file of a ViT"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--init=released:vocal"], "did you mean vocals?"),
     ("eval.py", ["none.pt"], "no checkpoint at none.pt"),
     ("eval.py", ["{tail}", "SONGS"], "classification needs labelled clips"),
     ("eval.py", ["{tail}", "--task=genre"], "evaluate it on the data it was trained for"),

@@ -77,7 +77,7 @@ def test_a_wrong_config_file_is_named(tmp_path, text, words):
 def test_help_lists_every_key_with_its_comment(script, capsys):
     with pytest.raises(SystemExit):
         runtime.configure({"__file__": str(ROOT / script), "__doc__": ""}, ["--help"])
-    text, keys = capsys.readouterr().out, runtime._documented_keys(str(ROOT / script))
+    text, keys = capsys.readouterr().out, runtime.documented_keys(str(ROOT / script))
     assert len(keys) > 5 or script == "report.py"
     for key, (_, comment) in keys.items():
         assert f"  {key} = " in text and comment and comment in text

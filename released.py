@@ -1,0 +1,110 @@
+"""
+The authors' released weights by name. They are fetched once, into ckpt/released/.
+
+    python released.py                                      # lists the names
+    python finetune_cls.py --init=released:vocals           # a separator to start from
+    python eval.py released:mtat_vocals                     # a classifier, on data/mtat
+    python finetune_cls.py config/mtat.py --variant=v3 --init=released:vocals \\
+        --tail=released:mtat_tail                           # join two
+
+Each name stands for the two files of a TensorFlow checkpoint. A download goes on where it broke
+off. Every tensor is compared with the checksum in the index before a file is used.
+"""
+import difflib
+import os
+
+import download
+import model
+import runtime
+import tf_checkpoint
+from prepare import fma
+
+BASE = "https://raw.githubusercontent.com/cgaroufis/MSSPT/main/models/"
+FOLDER = os.path.join("ckpt", "released")
+PAUSES = (1,)       # seconds; a name should not take minutes to say that there is no network
+
+# the numbers of the checkpoints; tune+ is the whole network from scratch
+SEPARATORS = dict.fromkeys(("vocals", "bass", "drums", "other", "multisource"), 20)
+MTAT = {"vocals": 25, "bass": 42, "drums": 23, "other": 29, "multisource": 33, "tail": 28,
+        "tune+": 33}
+FMA = {"vocals": 13, "bass": 12, "drums": 5, "other": 9, "multisource": 10, "tail": 17,
+       "tune+": 11}
+PLACES = {
+    **{name: f"separators/{name}/checkpoint-{n}" for name, n in SEPARATORS.items()},
+    **{f"mtat_{name}": f"downstream_models/MTAT/{name}/checkpoint-{n}" for name, n in MTAT.items()},
+    **{f"fma_{name}": f"downstream_models/FMA/{name}/checkpoint-{n}" for name, n in FMA.items()},
+}
+# what the taggers answer, in their order, as MagnaTagATune spells it
+TAGS = [
+    "guitar", "classical", "slow", "techno", "strings", "drums", "electronic", "rock", "fast",
+    "piano", "ambient", "beat", "violin", "vocal", "synth", "female", "indian", "opera", "male",
+    "singing", "vocals", "no vocals", "harpsichord", "loud", "quiet", "flute", "woman",
+    "male vocal", "no vocal", "pop", "soft", "sitar", "solo", "man", "classic", "choir", "voice",
+    "new age", "dance", "male voice", "female vocal", "beats", "harp", "cello", "no voice",
+    "weird", "country", "female voice", "metal", "choral"]
+
+
+def fetch(name):
+    """The prefix of a released checkpoint on this machine, downloaded if it is not there.
+
+    ValueError with what to do if there is no such name, no network, or the bytes are wrong.
+    """
+    if name not in PLACES:
+        near = difflib.get_close_matches(name, PLACES, 1, 0.4)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise ValueError(f"no released weights are called {name!r}{hint} (python released.py lists "
+                         "the names)")
+    prefix = os.path.join(FOLDER, *PLACES[name].split("/"))
+    index, data = prefix + ".index", prefix + ".data-00000-of-00001"
+    new = [path for path in (index, data) if not os.path.exists(path)]
+    folder, url = os.path.dirname(prefix), BASE + PLACES[name].replace("+", "%2B")
+    endings = [path.removeprefix(prefix) for path in new]
+    download.fetch([(url + ending, "") for ending in endings], folder, pauses=PAUSES)
+    if new:
+        check(prefix, new)
+        print(f"released:{name}: every tensor has the checksum of the index")
+    return prefix
+
+
+def check(prefix, new):
+    """Deletes the new files and raises ValueError if a checksum does not hold."""
+    try:
+        tf_checkpoint.read(prefix)
+    except ValueError:
+        for path in new:
+            os.remove(path)
+        raise
+
+
+def load(name, device="cpu"):
+    """(model in eval mode, meta) as model.load, with the names that the files lack."""
+    net, meta = model.load(fetch(name), device)
+    meta["source"] = "released"
+    dataset, _, row = name.rpartition("_")
+    multilabel, four = dataset == "mtat", row == "multisource"
+    if not dataset:
+        net.sources = net.args["sources"] if four else [row]
+        net.args["sources"] = net.sources
+        meta["config"] = {"data": "data/musdb"}
+        return net, meta
+    meta["classes"] = TAGS if multilabel else fma.GENRES
+    if (meta["kind"], net.args["n_classes"]) != ("classifier", len(meta["classes"])):
+        raise ValueError(f"{FOLDER}/{PLACES[name]} is not what released:{name} should be: delete "
+                         "its two files, and the same command downloads them again")
+    meta["task"] = "tags" if multilabel else "genre"
+    meta["config"] = {"data": f"data/{dataset}"}
+    return net, meta
+
+
+def main():
+    _, names = runtime.configure(globals(), configs=False)
+    for name in names:
+        fetch(name)
+    if not names:
+        for name, place in PLACES.items():
+            there = os.path.exists(os.path.join(FOLDER, place + ".index"))
+            print(f"released:{name:18}{'here' if there else '':6}{BASE}{place}.index")
+
+
+if __name__ == "__main__":
+    runtime.script(main)
