@@ -15,6 +15,7 @@ from conftest import ROOT, run
 import finetune_cls
 import pretrain_sep
 import runtime
+import table
 import training
 
 
@@ -87,6 +88,7 @@ def test_help_lists_every_key_with_its_comment(script, capsys):
 def test_every_config_is_known_to_its_script(config):
     separates = {"vocals.py", "bass.py", "drums.py", "other.py", "multisource.py", "demo_sep.py"}
     script = pretrain_sep if config in separates else finetune_cls
+    script = table if config.startswith("table") else script
     runtime.configure({"__file__": script.__file__, "__doc__": ""}, [str(ROOT / "config" / config)])
 
 

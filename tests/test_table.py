@@ -6,6 +6,7 @@ The table over rows, label fractions and seeds: runs, goes on, and is made from 
 import csv
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 from conftest import CLS, ROOT, SEP, run
 from sklearn import metrics as sk
+
+import runtime
 
 CONFIG = """
 separators = {{"vocals": "config/vocals.py --data={demo}/demo_songs --steps=2 {sep}"}}
@@ -137,6 +140,16 @@ def test_commands_for_a_cluster_are_one_line_each(config, tmp_path):
     assert len(lines) == 5 and not list(tmp_path.glob("runs/*"))
     assert lines[0].startswith("python pretrain_sep.py config/vocals.py ")
     assert all(f"&& python eval.py {tmp_path}/runs/" in line for line in lines)
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "config").glob("table_*.py")))
+def test_every_run_of_the_tables_here_has_known_settings(name, tmp_path):
+    lines = run("table.py", f"config/{name}", f"--out={tmp_path}", "--print=True").splitlines()
+    assert len(lines) >= 10
+    for line in lines:
+        _, script, *arguments = shlex.split(line.split(" && ")[0])
+        config, _ = runtime.configure({"__file__": str(ROOT / script), "__doc__": ""}, arguments)
+        assert config["out"].startswith(str(tmp_path))
 
 
 def test_a_run_that_fails_costs_itself_and_what_needs_it(config, tmp_path):
