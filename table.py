@@ -360,6 +360,9 @@ def main():
     done = [job for job in everything if job.row and os.path.exists(result_of(job.name))]
     if not done:
         die(f"no run is finished in {out}")
+    commits = {report.read_result(result_of(job.name)).get("commit") for job in done}
+    if len(commits) > 1:
+        say(f"note: these runs were made by {len(commits)} versions of this code")
     table = summarise(done)
     text, base = as_text(table), os.path.join(out, "table")
     whole = {"kind": "table", "checkpoint": "", "baselines": baselines, "entries": table}

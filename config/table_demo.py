@@ -10,4 +10,4 @@ rows = {
     "pretrained": "--init={separator} --unet_lr=0.1",
 }
 seeds = [1, 2, 3]
-jobs = 2    # of one thread each on two cores: faster than one of two threads
+jobs = 2    # of one thread each on two cores

@@ -1,0 +1,28 @@
+# Real music: the 320 clips of the Emotify study, 4 genres and 9 emotions, artists in four folds, and
+# separators of a handful of songs. First, with the songs' stems in SONGS and the clips in CLIPS:
+#     python prepare_data.py stems --path=SONGS --name=songs
+#     python prepare_data.py folder --csv=CLIPS/clips.csv --name=emotify_genre
+#     python prepare_data.py folder --csv=CLIPS/clips.csv --label=emotions --separator="|" --name=emotify_tags
+# Then:
+#     python table.py config/table_emotify.py
+separators = {
+    "vocals": "config/demo_sep.py --data=data/songs --sources=vocals --pool=max --steps=600 --lr_decay_every=60",
+    "drums": "config/demo_sep.py --data=data/songs --sources=drums --pool=max --steps=600 --lr_decay_every=60",
+    # bass is silent in most of these songs
+    "three": "config/demo_sep.py --data=data/songs --sources=vocals,other,drums --steps=600 --lr_decay_every=60",
+}
+tasks = {
+    "tags": "config/demo_tags.py --data=data/emotify_tags --sources=vocals --pool=max --epochs=20 --val_crops=2",
+    "genre": "config/demo_genre.py --data=data/emotify_genre --sources=vocals --pool=max --epochs=20 --val_crops=2",
+}
+rows = {
+    "tail": "config/tail.py",
+    "scratch": "",
+    "vocals": "--init={vocals} --unet_lr=0.1",
+    "three": "--init={three} --unet_lr=0.1",
+    "vocals_joined": "--init={vocals} --unet_lr=0.1 --variant=v3 --tail={tail}",
+}
+labels = {1.0: "", 0.25: "--epochs=40"}
+folds = [0, 1, 2, 3]
+seeds = [1, 2]
+jobs = 2    # of one thread each on two cores
