@@ -1,19 +1,21 @@
-# Real music: the 320 clips of the Emotify study, 4 genres and 9 emotions, artists in four folds, and
-# separators of a handful of songs. First, with the songs' stems in SONGS and the clips in CLIPS:
+# Real music: the 320 clips of the Emotify study, 4 genres and 9 emotions, artists in four folds,
+# and separators of a handful of songs. First, with the stems in SONGS and the clips in CLIPS:
 #     python prepare_data.py stems --path=SONGS --name=songs
 #     python prepare_data.py folder --csv=CLIPS/clips.csv --name=emotify_genre
-#     python prepare_data.py folder --csv=CLIPS/clips.csv --label=emotions --separator="|" --name=emotify_tags
+#     python prepare_data.py folder --csv=CLIPS/clips.csv --label=emotions --separator="|" \
+#         --name=emotify_tags
 # Then:
 #     python table.py config/table_emotify.py
+_songs = "config/demo_sep.py --data=data/songs --steps=600 --lr_decay_every=60"
+_clips = "--sources=vocals --pool=max --epochs=20 --val_crops=2"
 separators = {
-    "vocals": "config/demo_sep.py --data=data/songs --sources=vocals --pool=max --steps=600 --lr_decay_every=60",
-    "drums": "config/demo_sep.py --data=data/songs --sources=drums --pool=max --steps=600 --lr_decay_every=60",
-    # bass is silent in most of these songs
-    "three": "config/demo_sep.py --data=data/songs --sources=vocals,other,drums --steps=600 --lr_decay_every=60",
+    "vocals": f"{_songs} --sources=vocals --pool=max",
+    "drums": f"{_songs} --sources=drums --pool=max",
+    "three": f"{_songs} --sources=vocals,other,drums",    # bass is silent in most of these songs
 }
 tasks = {
-    "tags": "config/demo_tags.py --data=data/emotify_tags --sources=vocals --pool=max --epochs=20 --val_crops=2",
-    "genre": "config/demo_genre.py --data=data/emotify_genre --sources=vocals --pool=max --epochs=20 --val_crops=2",
+    "tags": f"config/demo_tags.py --data=data/emotify_tags {_clips}",
+    "genre": f"config/demo_genre.py --data=data/emotify_genre {_clips}",
 }
 rows = {
     "tail": "config/tail.py",
