@@ -6,8 +6,11 @@
 #         --name=emotify_tags
 # Then:
 #     python table.py config/table_emotify.py
-_songs = "config/demo_sep.py --data=data/songs --steps=600 --lr_decay_every=60"
-_clips = "--sources=vocals --pool=max --epochs=20 --val_crops=2"
+# Widths are small: half as wide as the demo's where spectrograms are large, wider where not.
+_songs = ("config/demo_sep.py --data=data/songs --widths=4,8,16,32,32,32 "
+          "--steps=600 --lr_decay_every=60")
+_clips = ("--sources=vocals --pool=max --widths=4,8,16,32,32,32 --tail_widths=8,16,32,32,32,32,64 "
+          "--epochs=12 --val_crops=1")
 separators = {
     "vocals": f"{_songs} --sources=vocals --pool=max",
     "drums": f"{_songs} --sources=drums --pool=max",
@@ -22,9 +25,8 @@ rows = {
     "scratch": "",
     "vocals": "--init={vocals} --unet_lr=0.1",
     "three": "--init={three} --unet_lr=0.1",
-    "vocals_joined": "--init={vocals} --unet_lr=0.1 --variant=v3 --tail={tail}",
 }
-labels = {1.0: "", 0.25: "--epochs=40"}
+labels = {1.0: "", 0.25: "--epochs=24"}
 folds = [0, 1, 2, 3]
 seeds = [1, 2]
 jobs = 2    # of one thread each on two cores

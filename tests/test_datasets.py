@@ -18,6 +18,7 @@ import pytest
 import soundfile as sf
 from conftest import REAL, index_of, needs_real, prepare, sound
 
+import download
 from data import SPLITS, Prepared
 from prepare import files, fma, gtzan, jamendo, mtat
 
@@ -149,14 +150,14 @@ def test_mtat_downloads_what_is_missing_and_only_that(magna, tmp_path, small_cou
     packed = pack(magna, tmp_path / "served")
     fetched = []
 
-    def fetch(wanted, folder):
+    def fetch(wanted, folder, elsewhere):
         names = [url.rsplit("/", 1)[1] for url, _ in wanted]
         fetched.extend(names)
         (tmp_path / "out" / "raw" / "mtat").mkdir(parents=True, exist_ok=True)
         for name in names:
             (tmp_path / "out" / "raw" / "mtat" / name).write_bytes(packed[name])
 
-    monkeypatch.setattr(files, "fetch", fetch)
+    monkeypatch.setattr(download, "fetch", fetch)
     arguments = (tmp_path / "out", "mtat", "--workers=1")
     assert prepare(*arguments) == 0 and len(fetched) == 5
     for name in packed:

@@ -13,8 +13,9 @@ import pytest
 from conftest import REAL, encode, index_of, needs_real, prepare, sound, tone
 
 import audio
+import download
 from data import TRACKS, Prepared
-from prepare import files, musdb
+from prepare import musdb
 
 STEMS = TRACKS[1:]
 
@@ -212,7 +213,8 @@ def test_songs_that_are_decoded_need_no_files(hq, monkeypatch, capsys):
     raw = hq / "out" / "raw" / "musdb_hq"
     raw.parent.mkdir(parents=True)
     (hq / "in").rename(raw)
-    monkeypatch.setattr(files, "fetch", lambda wanted, folder: os.makedirs(folder, exist_ok=True))
+    monkeypatch.setattr(download, "fetch", lambda wanted, folder, _: os.makedirs(folder,
+                                                                               exist_ok=True))
     arguments = (hq / "out", "musdb", "--hq=True", "--workers=1")
     assert prepare(*arguments) == 3
     shutil.rmtree(raw)

@@ -5,7 +5,6 @@ The table over rows, label fractions and seeds: runs, goes on, and is made from 
 """
 import csv
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -106,18 +105,16 @@ def test_results_of_other_settings_are_refused(whole, config):
     assert "other settings (epochs: 1, now 3)" in said
 
 
-def test_killed_tables_go_on_to_the_same_scores(whole, config, tmp_path):
+def test_a_table_that_was_stopped_goes_on_to_the_same_scores(whole, config, tmp_path):
     arguments = [sys.executable, "table.py", config, f"--out={tmp_path}", "--jobs=2",
                  "--separators={}", "--rows={'tail': 'config/tail.py'}"]
-    options = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for number, ending in ((signal.SIGINT, "resume"), (signal.SIGTERM, "json")):
-        process = subprocess.Popen(arguments, **options)
-        while not list(tmp_path.glob(f"runs/*.{ending}")) and process.poll() is None:
-            time.sleep(0.02)
-        process.send_signal(number)
-        said, _ = process.communicate(timeout=100)
-        assert process.returncode == 1 and "the same command goes on" in said, said
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT)
+    while not list(tmp_path.glob("runs/*.resume")) and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == 1 and "the same command goes on" in said, said
     run(arguments[1:])
     for name in results(whole[0]):
         if name.startswith("tags-tail"):
@@ -144,8 +141,9 @@ def test_commands_for_a_cluster_are_one_line_each(config, tmp_path):
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (ROOT / "config").glob("table_*.py")))
 def test_every_run_of_the_tables_here_has_known_settings(name, tmp_path):
-    lines = run("table.py", f"config/{name}", f"--out={tmp_path}", "--print=True").splitlines()
-    assert len(lines) >= 10
+    lines = run("table.py", f"config/{name}", f"--out={tmp_path}", "--seeds=[1]",
+                "--print=True").splitlines()
+    assert len(lines) >= 4
     for line in lines:
         _, script, *arguments = shlex.split(line.split(" && ")[0])
         config, _ = runtime.configure({"__file__": str(ROOT / script), "__doc__": ""}, arguments)
