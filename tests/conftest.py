@@ -280,13 +280,20 @@ def stopped_by(number, script, lines, out, *args):
 # -----------------------------------------------------------------------------
 # TensorFlow checkpoints, as TensorFlow writes them
 
+def divided(c):
+    """One byte of CRC-32C, bit by bit, from its definition."""
+    for _ in range(8):
+        c = c >> 1 ^ (0x82F63B78 if c & 1 else 0)
+    return c
+
+
+OF_BYTE = [divided(byte) for byte in range(256)]
+
+
 def slow_crc(raw):
-    """CRC-32C bit by bit, from its definition."""
     c = 0xFFFFFFFF
     for byte in raw:
-        c ^= byte
-        for _ in range(8):
-            c = c >> 1 ^ (0x82F63B78 if c & 1 else 0)
+        c = c >> 8 ^ OF_BYTE[(c ^ byte) & 255]
     return c ^ 0xFFFFFFFF
 
 

@@ -24,15 +24,22 @@ NETS = {
 }
 
 
-@pytest.fixture
-def published(server, tmp_path, monkeypatch):
-    """The folder for the downloads; the server has the files of NETS."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """{path on the server: bytes} of NETS."""
+    folder, found = tmp_path_factory.mktemp("made"), {}
     for name, net in NETS.items():
-        write_tensorflow(randomise(net), tmp_path / "made")
-        place = released.PLACES[name].replace("+", "%2B")
+        write_tensorflow(randomise(net), folder / "made")
         for ending in (".index", ".data-00000-of-00001"):
-            path = tmp_path / f"made{ending.replace('-of-00001', '-of-00001')}"
-            Server.files[place + ending] = path.read_bytes()
+            place = released.PLACES[name].replace("+", "%2B") + ending
+            found[place] = (folder / f"made{ending}").read_bytes()
+    return found
+
+
+@pytest.fixture
+def published(server, made, tmp_path, monkeypatch):
+    """The folder for the downloads; the server has the files of NETS."""
+    Server.files.update(made)
     monkeypatch.setattr(released, "BASE", server)
     monkeypatch.setattr(released, "PAUSES", (0.01,))
     monkeypatch.setattr(released, "FOLDER", str(tmp_path / "released"))
