@@ -329,7 +329,7 @@ def main():
         target = os.path.join(out, name)
         write_atomically(json.dumps(table, indent=1), f"{target}.json")
         write_atomically(text + "\n", f"{target}.md")
-        print(f"\n{text}\n\nmean ± standard deviation over seeds; {target}.md, .json, .png")
+        print(f"\n{text}\n\nmean ± standard deviation over seeds; {target}.md, .json")
         written.append(name)
     elif len(paths) > 1:
         print("no common table: these checkpoints are not all classifiers of the same classes, "

@@ -71,6 +71,7 @@ def picture(path, failed, draw, *arguments):
         # what users have in their names is text: "Ba$$in" is no formula
         with matplotlib.rc_context({"text.parse_math": False, "text.usetex": False}):
             save_figure(draw(*arguments), path)
+        print(f"picture: {path}")
     except Exception as e:              # drawing has many ways to fail; none is worth a result
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         print(f"note: no picture {path}: {reason[:300]}")

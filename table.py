@@ -370,7 +370,7 @@ def main():
     runtime.write_atomically(json.dumps(whole, indent=1), f"{base}.json")
     write_csv(table, f"{base}.csv")
     say(f"\n{text}\nmean ± standard deviation over runs; differences are paired, with a 95 % "
-        f"interval over clips and runs; {base}.md, .csv, .json, .png")
+        f"interval over clips and runs; {base}.md, .csv, .json")
     report.draw(f"{base}.json")
     if failed:
         die(f"{len(failed)} of {len(left)} runs failed: {', '.join(failed[:3])}, ...; the same "
