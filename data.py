@@ -83,7 +83,7 @@ def check_keys(entry, needed, file):
 
 def split_by_fold(items, fold, path):
     """Gives the items splits: this fold is test, the next or the first one valid, others train."""
-    folds = {item.get("fold", "none") for item in items}
+    folds = {item.get("fold") if type(item.get("fold")) is int else "none" for item in items}
     if folds != set(range(len(folds))) or len(folds) < 3 or fold not in folds:
         raise ValueError(f"fold={fold} needs clips with folds 0, 1, 2 and so on, {path} has "
                          f"{', '.join(sorted(map(str, folds)))}: prepare it from a table with a "
@@ -131,9 +131,13 @@ class Prepared:
 
         With another hash, a network may have been trained on what is now in the test split.
         """
+        return self.hash_of("train", "valid")
+
+    def hash_of(self, *splits):
+        """A hash of names, lengths, splits and labels of the items in these splits."""
         unseen = ("offset", "title", "group", "fold")
         seen = [{k: v for k, v in item.items() if k not in unseen}
-                for item in self.index["items"] if item["split"] != "test"]
+                for item in self.index["items"] if item["split"] in splits]
         text = json.dumps([seen, self.index.get("classes")], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -287,8 +291,9 @@ class Clips:
 def some_of(targets, fraction):
     """The numbers of a share of the clips, in which every class of (clips, classes) has its share.
 
-    At least one clip of each class is among them. The same clips are chosen for any seed of a
-    training run. Iterative stratification (Sechidis et al. 2011): the rarest class comes first.
+    At least one clip of each class is among them, so a small share of few clips is larger than it
+    says. The same clips are chosen for any seed of a training run. Iterative stratification
+    (Sechidis et al. 2011): the rarest class comes first.
     """
     order = np.random.default_rng(0).permutation(len(targets))
     chosen, free = np.zeros(len(targets), bool), np.ones(len(targets), bool)

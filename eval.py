@@ -318,7 +318,8 @@ def main():
                 np.savez_compressed(f, **scored)
         result = {"checkpoint": path, "step": meta["step"], "commit": meta.get("commit"),
                   "config": meta["config"], "data": prepared.path, "split": split,
-                  "trained_on": prepared.trained_on(), **result}
+                  "trained_on": prepared.trained_on(), "tested_on": prepared.hash_of(split),
+                  **result}
         write_atomically(json.dumps(result, indent=1), f"{target}.json")
         print(f"details: {target}*\n")
         results[run_name(path)] = result

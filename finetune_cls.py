@@ -88,6 +88,7 @@ workers = 2                     # threads that cut crops ahead; 0: none
 
 # variants that join a tail, and the variant of that tail alone
 ALONE = {"v3": "tail", "ast": "ast_tail"}
+FIRST_KERNEL = {"v3": "blocks.0.convs.0.weight", "ast": "patches.weight"}
 
 
 def check_settings(config):
@@ -102,6 +103,7 @@ def check_settings(config):
     runtime.choose("freeze", freeze, ["", "unet", "tail"])
     runtime.at_least(2, batch_size=batch_size)      # BatchNorm cannot train on one clip
     runtime.at_least(1, val_crops=val_crops, log_every=log_every)
+    runtime.at_least(-1, fold=fold)
     runtime.at_least(0, epochs=epochs, workers=workers, chunk=chunk, patience=patience,
                      unet_lr=unet_lr, weight_decay=weight_decay, grad_clip=grad_clip,
                      halvings=halvings)
@@ -117,6 +119,8 @@ def check_settings(config):
             f"U-Net (variant is {variant})")
     if vit and not variant.startswith("ast"):
         die(f"vit= needs variant=ast or ast_tail (variant is {variant})")
+    if vit and tail:
+        die("vit= and tail= both say what the transformer starts from: choose one")
     if len(transformer) != 3:
         die(f"transformer must be width, layers and heads, got {transformer}")
 
@@ -176,6 +180,9 @@ def read_init():
     if meta["kind"] == "classifier" and net.args["variant"] != variant:
         die(f"init={init} is a classifier of variant {net.args['variant']}, not {variant}: start "
             "from a separator, or from a classifier of the same variant")
+    if meta["kind"] == "classifier" and vit:
+        die(f"vit={vit} and init={init}, a classifier, both say what the transformer starts from: "
+            "choose one")
     if meta["step"] == 0:
         print(f"note: {init} is from before its first step of training: it has learnt nothing")
     if meta.get("as_published"):
@@ -183,29 +190,45 @@ def read_init():
     return net, meta
 
 
-def read_tail(n_inputs):
-    """The weights of the tail that `tail` names, for `n_inputs` spectrograms in place of one."""
+def read_tail(clips):
+    """(network, weights of its tail) of what `tail` names."""
     net, meta = model.load(tail)
-    if meta["kind"] != "classifier" or meta["args"]["variant"] != ALONE[variant]:
+    if meta["kind"] != "classifier" or net.args["variant"] != ALONE[variant]:
         die(f"tail={tail} is not a classifier of variant {ALONE[variant]}: train one with "
             f"--variant={ALONE[variant]}")
-    weights = net.tail.state_dict()
-    # the first kernel saw one spectrogram: dividing keeps the size of what comes out
-    kernel = {"v3": "blocks.0.convs.0.weight", "ast": "patches.weight"}[variant]
-    weights[kernel] = weights[kernel].expand(-1, n_inputs, -1, -1) / n_inputs   # (C, S + 1, 3, 3)
-    return {name: value for name, value in weights.items() if name not in ("mean", "std")}
+    if net.args.get("batch_scale", False) != batch_scale:
+        die(f"tail={tail} was trained with batch_scale={net.args['batch_scale']}: say the same "
+            "here")
+    weights = known_part(net.tail, meta, clips)
+    return net, {name: w for name, w in weights.items() if name not in ("mean", "std")}
+
+
+def known_part(tail, meta, clips):
+    """The weights of a trained tail, without the last layer if that knows other classes.
+
+    Weights of TensorFlow do not say which classes they know: then their number decides.
+    """
+    weights, same = tail.state_dict(), meta["classes"] == clips.classes
+    if meta["classes"] is None:
+        same = tail.out.out_features == len(clips.classes)
+    if not same:
+        weights = {name: w for name, w in weights.items() if not name.startswith("out.")}
+    return weights
 
 
 def build(clips):
     """The classifier, with what `init`, `tail` and `vit` hold already in it."""
     unet_args = dict(sources=sources, widths=widths, pool=pool or "max")
-    old_mel = mel_of_log
+    old_mel, tail_weights = mel_of_log, {}
     if init:
         source, meta = read_init()
         unet_args = {key: source.args[key] for key in unet_args}
         unet_args["pool"] = pool or unet_args["pool"]
         old_mel = mel_of_log or source.args.get("mel_of_log", False)
         print("U-Net as in init: " + ", ".join(f"{k} {v}" for k, v in unet_args.items()))
+    if tail:
+        alone, tail_weights = read_tail(clips)
+        old_mel = old_mel or alone.args["mel_of_log"]
     torch.manual_seed(seed)
     net = model.Classifier(
         len(clips.classes), clips.multilabel, variant, skips, **unet_args,
@@ -216,13 +239,13 @@ def build(clips):
     if init:
         copy_by_name(net.unet, source.unet.state_dict(), init)
     if init and meta["kind"] == "classifier":
-        weights = source.tail.state_dict()
-        if meta["classes"] != clips.classes:    # the last layer knows other classes
-            weights = {k: v for k, v in weights.items() if not k.startswith("out.")}
-        copy_by_name(net.tail, weights, init, fresh=["out."])
+        copy_by_name(net.tail, known_part(source.tail, meta, clips), init, fresh=["out."])
     if tail:
-        weights = read_tail(len(unet_args["sources"]) + 1)
-        copy_by_name(net.tail, weights, tail, fresh=["adapter", "mean", "std"])
+        # its first kernel saw one spectrogram: dividing keeps the size of what comes out
+        kernel, n_inputs = FIRST_KERNEL[variant], len(unet_args["sources"]) + 1
+        one = tail_weights[kernel]                                  # (C, 1, 3, 3)
+        tail_weights[kernel] = one.expand(-1, n_inputs, -1, -1) / n_inputs      # (C, S + 1, 3, 3)
+        copy_by_name(net.tail, tail_weights, tail, fresh=["adapter", "out.", "mean", "std"])
     return net
 
 
@@ -294,7 +317,8 @@ def main():
     run = training.Run(out or f"ckpt/{'_'.join(names) or 'mtat'}.pt", resume, overwrite)
 
     prepared = Prepared(data, "clips", fold)
-    config |= {"trained_on": prepared.trained_on()}
+    config |= {"trained_on": prepared.trained_on(),
+               "started_from": {key: training.fingerprint(config[key]) for key in ("init", "tail")}}
     train_clips = Clips(prepared, "train", task, seed, label_fraction)
     valid_clips = Clips(prepared, "valid", task)
     used = clips_per_epoch(len(train_clips))

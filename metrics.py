@@ -30,7 +30,12 @@ def blocks(*waves):
 
 
 def si_sdr(reference, estimate):
-    """Scale-invariant SDR in dB of (N,), mean not removed (Le Roux et al. 2019)."""
+    """Scale-invariant SDR in dB of (N,), mean not removed (Le Roux et al. 2019).
+
+    A silent estimate has -120 dB: it holds nothing of the reference.
+    """
+    if not np.any(estimate):
+        return -120.0
     power = sum(np.dot(r, r) for r, _ in blocks(reference, estimate))
     scale = sum(np.dot(e, r) for r, e in blocks(reference, estimate)) / power
     error = sum(np.sum((e - scale * r) ** 2) for r, e in blocks(reference, estimate))
@@ -188,9 +193,11 @@ def mean_of_known(values):
 
 
 def check(targets, scores):
+    """The targets as int and the scores as float: the sign of an unsigned score would wrap."""
     if targets.shape != scores.shape or not np.isfinite(scores).all():
         raise ValueError(f"targets {targets.shape} and scores {scores.shape} must be of one shape, "
                          "and all scores must be numbers")
+    return targets.astype(int), scores.astype(float)
 
 
 def tag_metrics(targets, scores, counts=None):
@@ -198,7 +205,7 @@ def tag_metrics(targets, scores, counts=None):
 
     Tags that no clip has, or every clip, have no AUC and are left out.
     """
-    check(targets, scores)
+    targets, scores = check(targets, scores)
     counts = np.ones((1, len(targets)), int) if counts is None else counts
     roc, pr = np.stack([areas(t, s, counts) for t, s in zip(targets.T, scores.T, strict=True)], 1)
     return {"ROC-AUC": mean_of_known(roc.T), "PR-AUC": mean_of_known(pr.T),
@@ -210,7 +217,7 @@ def genre_metrics(targets, scores, counts=None):
 
     The last two are means over the classes that occur.
     """
-    check(targets, scores)
+    targets, scores = check(targets, scores)
     counts = np.ones((1, len(targets)), int) if counts is None else counts
     answers = np.eye(targets.shape[1], dtype=int)[scores.argmax(1)]             # (clips, classes)
     true, said, hits = counts @ targets, counts @ answers, counts @ (targets * answers)

@@ -13,6 +13,8 @@ off. Every tensor is compared with the checksum in the index before a file is us
 import difflib
 import os
 
+from filelock import FileLock
+
 import download
 import model
 import runtime
@@ -55,14 +57,15 @@ def fetch(name):
         raise ValueError(f"no released weights are called {name!r}{hint} (python released.py lists "
                          "the names)")
     prefix = os.path.join(FOLDER, *PLACES[name].split("/"))
-    index, data = prefix + ".index", prefix + ".data-00000-of-00001"
-    new = [path for path in (index, data) if not os.path.exists(path)]
     folder, url = os.path.dirname(prefix), BASE + PLACES[name].replace("+", "%2B")
-    endings = [path.removeprefix(prefix) for path in new]
-    download.fetch([(url + ending, "") for ending in endings], folder, pauses=PAUSES)
-    if new:
-        check(prefix, new)
-        print(f"released:{name}: every tensor has the checksum of the index")
+    os.makedirs(folder, exist_ok=True)
+    with FileLock(os.path.join(folder, ".lock")):       # the runs of a table may ask at once
+        both = (".index", ".data-00000-of-00001")
+        new = [end for end in both if not os.path.exists(prefix + end)]
+        download.fetch([(url + end, "") for end in new], folder, pauses=PAUSES)
+        if new:
+            check(prefix, new)
+            print(f"released:{name}: every tensor has the checksum of the index")
     return prefix
 
 
@@ -70,10 +73,12 @@ def check(prefix, new):
     """Deletes the new files and raises ValueError if a checksum does not hold."""
     try:
         tf_checkpoint.read(prefix)
-    except ValueError:
-        for path in new:
-            os.remove(path)
-        raise
+    except ValueError as e:
+        for end in new:
+            os.remove(prefix + end)
+        if len(new) == 2:
+            raise
+        raise ValueError(f"{e}; if that does not help, delete {prefix}.* and try again") from e
 
 
 def load(name, device="cpu"):
@@ -82,15 +87,18 @@ def load(name, device="cpu"):
     meta["source"] = "released"
     dataset, _, row = name.rpartition("_")
     multilabel, four = dataset == "mtat", row == "multisource"
+    classes = (TAGS if multilabel else fma.GENRES) if dataset else None
+    expected = "classifier" if dataset else "separator", len(classes or ()), four
+    found = meta["kind"], net.args.get("n_classes", 0), len(net.args["sources"]) == 4
+    if found != expected:
+        raise ValueError(f"{FOLDER}/{PLACES[name]} is another network than released:{name} should "
+                         "be: delete its two files, and the same command downloads them again")
     if not dataset:
         net.sources = net.args["sources"] if four else [row]
         net.args["sources"] = net.sources
         meta["config"] = {"data": "data/musdb"}
         return net, meta
-    meta["classes"] = TAGS if multilabel else fma.GENRES
-    if (meta["kind"], net.args["n_classes"]) != ("classifier", len(meta["classes"])):
-        raise ValueError(f"{FOLDER}/{PLACES[name]} is not what released:{name} should be: delete "
-                         "its two files, and the same command downloads them again")
+    meta["classes"] = classes
     meta["task"] = "tags" if multilabel else "genre"
     meta["config"] = {"data": f"data/{dataset}"}
     return net, meta

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import ctypes
 import difflib
+import functools
 import math
 import os
 import signal
@@ -93,6 +94,7 @@ class Stop:
 # -----------------------------------------------------------------------------
 # configuration: plain assignments, overridden by Python files of assignments and by --key=value
 
+@functools.cache
 def documented_keys(path):
     """{key: (default, comment)} of the lower-case literal assignments at the top of a script."""
     with tokenize.open(path) as f:

@@ -1,9 +1,9 @@
 """
 Runs a whole table, rows x label fractions x folds x seeds, and says which row is better.
 
-    python table.py config/table_mtat.py                # all rows of the paper, seeds 1 to 5
-    python table.py config/table_mtat.py --jobs=4       # four runs at a time, the cores divided
-    python table.py config/table_mtat.py --print=True   # one line per run instead, for a cluster
+    python table.py config/table_v1.py                # all rows of the paper, seeds 1 to 5
+    python table.py config/table_v1.py --jobs=4       # four runs at a time, the cores divided
+    python table.py config/table_v1.py --print=True   # one line per run instead, for a cluster
 
 Runs what is missing, and skips what is finished. Ctrl-C and SIGTERM let every run save first. The
 same command goes on from there. Then, and with --jobs=0 at once, it writes OUT/table.md, .csv,
@@ -13,6 +13,7 @@ the paired difference to each baseline with a 95 % interval over test clips and 
 OUT/runs/ holds the checkpoint, log, printed text and results of each run, under its name.
 """
 import csv
+import functools
 import json
 import os
 import shlex
@@ -26,6 +27,8 @@ import numpy as np
 import metrics
 import report
 import runtime
+import training
+from data import Prepared
 from runtime import die
 
 try:
@@ -53,8 +56,9 @@ seed = 1                # of the resamples
 # -----------------------------------------------------------------------------
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# settings that do not change what comes out, and the data, whose hash is in the results
+# settings that do not change what comes out; of data and .pt files the hash is compared instead
 FREE = ("out", "resume", "overwrite", "data", "device", "compile", "log_every", "workers")
+HASHED = ("init", "tail")
 
 
 class Job(NamedTuple):
@@ -92,28 +96,38 @@ def plan():
         for fold in folds:
             for share, of_share in labels.items():
                 for task, of_task in tasks.items():
-                    of_all = [*shlex.split(of_task), *shlex.split(of_share), f"--seed={number}",
-                              f"--label_fraction={share}", f"--fold={fold}"]
+                    of_all = [*shlex.split(of_task), *shlex.split(of_share)]
                     found += cell_jobs((task, share, fold, number), of_all)
     return found
 
 
 def cell_jobs(cell, of_all):
-    """The jobs of all rows in a cell of the table."""
-    task, *place = cell
-    known = {row: run_name(row, task, *place) for row in rows}
-    known |= {name: name for name in separators}
+    """The jobs of all rows in a cell of the table; what one needs comes before it."""
+    task, share, fold, number = cell
+    names = {row: run_name(row, *cell) for row in rows}
+    known = names | {name: name for name in separators}     # a row may be called like a separator
     paths = {name: checkpoint_of(job) for name, job in known.items()}
+    place = [f"--seed={number}", f"--label_fraction={share}", f"--fold={fold}"]
     found = []
     for row, of_row in rows.items():
         needs = [known[name] for name in known if f"{{{name}}}" in of_row]
-        try:
-            arguments = shlex.split(of_row.format(**paths))
-        except (KeyError, IndexError, ValueError) as e:
-            die(f"rows: {row}: {of_row!r} names {e}, which is neither a separator nor a row")
-        name = run_name(row, task, *place)
-        found.append(Job(name, "finetune_cls.py", of_all + arguments, needs, row, cell))
-    return found
+        try:    # in this order: a path may have spaces
+            arguments = [part.format(**paths) for part in shlex.split(of_row)]
+        except (KeyError, IndexError, ValueError, AttributeError) as e:
+            die(f"rows: {row}: {of_row!r} cannot be read ({e}): names in {{}} are those of "
+                "separators and rows")
+        arguments = of_all + arguments + place
+        found.append(Job(names[row], "finetune_cls.py", arguments, needs, row, cell))
+
+    ordered = []
+    while found:
+        left = {job.name for job in found}
+        ready = [job for job in found if not left & set(job.needs)]
+        if not ready:
+            die(f"rows that need each other can never begin: {', '.join(j.row for j in found)}")
+        ordered += ready
+        found = [job for job in found if job not in ready]
+    return ordered
 
 
 def commands(job):
@@ -126,27 +140,63 @@ def commands(job):
     elif any(map(os.path.exists, begun)):
         how = ["--overwrite=True"]      # stopped before anything was saved
     train = [job.script, *job.arguments, f"--out={path}", *how]
-    test = ["eval.py", path, f"--out={os.path.dirname(path)}", "--pictures=False",
-            "--overwrite=True"]
+    test = ["eval.py", path, f"--data={settings_of(job)['data']}",
+            f"--out={os.path.dirname(path)}", "--pictures=False", "--overwrite=True"]
     return train, test
 
 
+def settings_of(job):
+    script = os.path.join(HERE, job.script)
+    return runtime.configure({"__file__": script, "__doc__": ""}, job.arguments)[0]
+
+
 def finished(job):
-    """Whether a job has its results. Ends the script if they come from other settings."""
+    """Whether a job has its results. Ends the script if they do not belong in this table."""
     path = result_of(job.name)
     if not os.path.exists(path):
         return False
-    script = os.path.join(HERE, job.script)
-    then = runtime.defaults(script) | report.read_result(path)["config"]
-    now, _ = runtime.configure({"__file__": script, "__doc__": ""}, job.arguments)
+    result, kind = report.read_result(path), "classifier" if job.row else "separator"
+    if not isinstance(result, dict) or (result["kind"], result.get("split")) != (kind, "test"):
+        die(f"{path} is not what eval.py writes for the test split of a {kind}: delete it")
+    then = runtime.defaults(os.path.join(HERE, job.script)) | result["config"]
+    now = settings_of(job)
+    wrong = other_settings(then, now) or other_contents(then, now, kind, result.get("tested_on"))
+    if wrong:
+        die(f"{path} was made with other settings ({wrong}): delete the files of that run, and it "
+            "is made again; or choose another --out")
+    return True
+
+
+def other_settings(then, now):
+    """Which settings of a finished run are not those of today, in words."""
+    changed = []
     for key in [key for key in now if key not in FREE]:
         old, new = then[key], now[key]
-        if key in ("init", "tail"):     # the folder of the table may have moved
+        if key in HASHED and new.endswith(".pt"):   # the folder of the table may have moved
             old, new = os.path.basename(old), os.path.basename(new)
         if old != new:
-            die(f"{path} was made with other settings ({key}: {old!r}, now {new!r}): choose "
-                "another --out, or delete its files")
-    return True
+            changed.append(f"{key}: {old!r}, now {new!r}")
+    return "; ".join(changed)
+
+
+def other_contents(then, now, kind, tested_on):
+    """Which files and data of a finished run are there, but are others today, in words."""
+    for key, what in then.get("started_from", {}).items():
+        if what and training.fingerprint(now[key]) not in ("", what):
+            return f"{now[key]} is another file now"
+    hashes = data_hashes(now["data"], kind, now.get("fold", -1))
+    if hashes and hashes != (then["trained_on"], tested_on or hashes[1]):
+        return f"the splits or labels in {now['data']} are others now"
+    return ""
+
+
+@functools.cache
+def data_hashes(folder, kind, fold):
+    """The hashes of what training and testing see in a prepared folder; None if it is not there."""
+    if not os.path.exists(os.path.join(folder, "index.json")):
+        return None
+    prepared = Prepared(folder, "clips" if kind == "classifier" else "stems", fold)
+    return prepared.trained_on(), prepared.hash_of("test")
 
 
 # -----------------------------------------------------------------------------
@@ -179,7 +229,7 @@ def run_all(left):
     waiting, running, failed, ended = list(left), [], [], 0
     stop, began = runtime.Stop(), time.time()
     while running or waiting:
-        for job in list(waiting):
+        for job in list(waiting):           # each comes behind what it needs
             if set(job.needs) & set(failed):
                 waiting.remove(job)
                 failed.append(job.name)
@@ -222,8 +272,9 @@ def headline(result):
     if result["kind"] == "classifier":
         key, value = next(iter(result["metrics"].items()))
         return f"{key} {value:.4f}"
-    medians = [f"{source} {of['model']['SI-SDR']:.2f}" for source, of in result["median"].items()]
-    return "SI-SDR in dB: " + ", ".join(medians)
+    medians = {source: of["model"]["SI-SDR"] for source, of in result["median"].items()}
+    known = [f"{source} {value:.2f}" for source, value in medians.items() if value is not None]
+    return "SI-SDR in dB: " + ", ".join(known)
 
 
 # -----------------------------------------------------------------------------
@@ -231,25 +282,32 @@ def headline(result):
 
 def load_run(name):
     """(result, {clips, targets, scores}) of a run."""
-    result = report.read_result(result_of(name))
-    with np.load(result_of(name).removesuffix(".json") + ".npz") as saved:
-        scored = {key: saved[key] for key in ("clips", "targets", "scores")}
-    return result, {**scored, "targets": scored["targets"].astype(int)}
+    path = result_of(name).removesuffix(".json") + ".npz"
+    try:
+        with np.load(path) as saved:
+            scored = {key: saved[key] for key in ("clips", "targets", "scores")}
+    except Exception as e:  # np.load has no error type of its own: zip, zlib, pickle
+        die(f"{path} cannot be read ({type(e).__name__}: {e}): delete it and {result_of(name)}, "
+            "and the same command makes them again")
+    return report.read_result(result_of(name)), scored
+
+
+def check_tests(runs):
+    """Ends the script if two of {cell: (result, scores)} differ in the clips of the same fold."""
+    seen = {}
+    for cell, (_, scored) in runs:
+        first_cell, first = seen.setdefault(cell[2], (cell, scored))
+        for key in ("clips", "targets"):
+            if not np.array_equal(first[key], scored[key]):
+                die(f"the runs of {first_cell} and {cell} were tested on other clips or labels: "
+                    "delete the older ones, and run them again")
 
 
 def paired(runs, baseline):
     """The test set, targets and both runs' scores of each cell in which both have a run."""
-    pairs = []
-    for cell, (_, scored) in runs.items():
-        if cell not in baseline:
-            continue
-        other = baseline[cell][1]
-        same = scored["clips"].tolist() == other["clips"].tolist()
-        if not same or not np.array_equal(scored["targets"], other["targets"]):
-            raise ValueError(f"two runs of {cell} were tested on other clips or labels: delete "
-                             "the older one, and run it again")
-        pairs.append((cell[2], scored["targets"], scored["scores"], other["scores"]))
-    return pairs
+    both = [(cell, scored, baseline[cell][1]) for cell, (_, scored) in runs.items()
+            if cell in baseline]
+    return [(cell[2], one["targets"], one["scores"], other["scores"]) for cell, one, other in both]
 
 
 def summarise(done):
@@ -260,14 +318,17 @@ def summarise(done):
         groups.setdefault((task, share), {}).setdefault(job.row, {})[job.cell] = load_run(job.name)
     table = []
     for (task, share), of_rows in groups.items():
+        check_tests([run for runs in of_rows.values() for run in runs.items()])
         for row, runs in of_rows.items():
-            results = [result for result, _ in runs.values()]
-            keys = [key for key in results[0]["metrics"] if key != "tags used"]
+            first = next(iter(runs.values()))[0]
+            measure = metrics.genre_metrics
+            if "ROC-AUC" in first["metrics"]:
+                measure = metrics.tag_metrics
+            found = [measure(scored["targets"], scored["scores"]) for _, scored in runs.values()]
+            keys = [key for key in found[0] if key != "tags used"]
             entry = {"task": task, "labels": share, "row": row, "runs": len(runs),
-                     "metrics": {key: [r["metrics"][key] for r in results] for key in keys},
-                     "floor": results[0]["floor"], "differences": {}}
-            multilabel = "ROC-AUC" in keys
-            measure = metrics.tag_metrics if multilabel else metrics.genre_metrics
+                     "metrics": {key: [float(one[key][0]) for one in found] for key in keys},
+                     "floor": first["floor"], "differences": {}}
             for base in baselines:
                 pairs = paired(runs, of_rows.get(base, {}))
                 if row != base and pairs:
@@ -289,7 +350,7 @@ def as_text(table):
         entries = [e for e in table if (e["task"], e["labels"]) == (task, share)]
         keys = list(entries[0]["metrics"])[:2]
         heads = [f"{key} minus {base}" for base in baselines for key in keys]
-        lines += [f"**{task}, {share:.0%} of the labels**", "",
+        lines += [f"**{task}, {100 * share:g} % of the labels**", "",
                   "| row | runs | " + " | ".join(keys + heads) + " |",
                   "|---|" + "---|" * (1 + len(keys) + len(heads))]
         for entry in entries:
@@ -325,16 +386,30 @@ def write_csv(table, path):
 
 # -----------------------------------------------------------------------------
 
-def check_settings(config, names):
+def check_arguments(what, arguments):
+    if type(arguments) is not str:
+        die(f"{what!r}: its arguments must be one text, as for a shell, got {arguments!r}")
+
+
+def check_settings(config):
     if not rows or not tasks:
-        die("a table needs rows and tasks: name a config file, such as config/table_mtat.py")
+        die("a table needs rows and tasks: name a config file, such as config/table_v1.py")
     runtime.check_numbers(config)
     runtime.at_least(0, jobs=jobs)
     runtime.at_least(1, bootstrap=bootstrap)
-    for what in (*separators, *rows, *tasks):
-        if not what or not what.replace("_", "").replace("+", "").isalnum():
+    runtime.at_least(-1, **{f"folds ({fold})": fold for fold in folds})
+    for key, values in (("seeds", seeds), ("folds", folds)):
+        if not values or len(set(values)) < len(values):
+            die(f"{key} must be different numbers, got {values}")
+    for base in baselines:
+        if base not in rows and baselines != ["scratch", "tail"]:
+            die(f"baselines: {base!r} is not one of the rows {', '.join(map(str, rows))}")
+    for what, arguments in (separators | rows | tasks).items():
+        if type(what) is not str or not what.replace("_", "").replace("+", "").isalnum():
             die(f"{what!r} becomes part of a file's name: use letters, digits and _")
-    for share in labels:
+        check_arguments(what, arguments)
+    for share, arguments in labels.items():
+        check_arguments(share, arguments)
         if not isinstance(share, (int, float)) or not 0 < share <= 1:
             die(f"labels must be {{share: arguments}} with shares above 0 and up to 1, got {share}")
 
@@ -343,21 +418,21 @@ def main():
     global out
     config, names = runtime.configure(globals())
     out = out or os.path.join("results", "_".join(names))
-    check_settings(config, names)
+    check_settings(config)
     everything = plan()
-    os.makedirs(os.path.join(out, "runs"), exist_ok=True)
     left = [job for job in everything if not finished(job)]
     if print:
         for job in left:
             say(" && ".join("python " + shlex.join(command) for command in commands(job)))
         return 0
 
-    hold(out)
     failed = []
     if jobs and left:
+        os.makedirs(os.path.join(out, "runs"), exist_ok=True)
+        hold(out)
         say(f"{len(everything)} runs, {len(everything) - len(left)} are finished; {jobs} at a time")
         failed = run_all(left)
-    done = [job for job in everything if job.row and os.path.exists(result_of(job.name))]
+    done = [job for job in everything if job.row and finished(job)]
     if not done:
         die(f"no run is finished in {out}")
     commits = {report.read_result(result_of(job.name)).get("commit") for job in done}
@@ -373,7 +448,8 @@ def main():
         f"interval over clips and runs; {base}.md, .csv, .json")
     report.draw(f"{base}.json")
     if failed:
-        die(f"{len(failed)} of {len(left)} runs failed: {', '.join(failed[:3])}, ...; the same "
+        more = ", ..." if len(failed) > 3 else ""
+        die(f"{len(failed)} of {len(left)} runs failed: {', '.join(failed[:3])}{more}; the same "
             "command tries them again")
     return 0
 

@@ -165,7 +165,7 @@ class Transformer(nn.Module):
 
     def forward(self, x, skips=()):
         if self.batch_scale:
-            x = (x - x.amin()) / (x.amax() - x.amin())
+            x = (x - x.amin()) / (x.amax() - x.amin()).clamp(min=1e-6)     # silence has no range
         else:
             x = (x - self.mean) / (2 * self.std)                    # (B, S + 1, T, M)
         x = self.patches(x).flatten(2).transpose(1, 2)              # (B, P, D)
@@ -193,6 +193,14 @@ def load_vit(net, path):
     try:
         with np.load(path) as saved:
             weights = {key: torch.from_numpy(saved[key].astype(np.float32)) for key in saved.files}
+    except Exception as e:  # np.load has no error type of its own: zip, zlib, pickle, memory
+        raise ValueError(f"{path} cannot be read as an .npz file ({type(e).__name__}: {e}): is it "
+                         "complete?") from e
+    try:
+        if not all(torch.isfinite(value).all() for value in weights.values()):
+            raise ValueError("not all of its numbers are finite")
+        if f"Transformer/encoderblock_{len(net.layers)}/LayerNorm_0/scale" in weights:
+            raise ValueError("it has more layers")
         kernel = weights["embedding/kernel"]                        # (16, 16, 3, D)
         c_in = net.patches.in_channels
         kernel = kernel.mean(2).permute(2, 0, 1)[:, None] / c_in    # (D, 1, 16, 16)
@@ -204,7 +212,7 @@ def load_vit(net, path):
         copy_norm(net.norm, weights, "Transformer/encoder_norm")
         for i, layer in enumerate(net.layers):
             copy_layer(layer, weights, f"Transformer/encoderblock_{i}")
-    except (OSError, KeyError, ValueError, AttributeError, IndexError, RuntimeError) as e:
+    except (KeyError, ValueError, IndexError, RuntimeError) as e:
         raise ValueError(f"{path} is not the .npz file of a ViT of this size ({e}): ViT-B/16 fits "
                          "--transformer=768,12,12") from e
     print(f"transformer from {path}; adapters and the last layer are new")
@@ -226,8 +234,10 @@ def copy_layer(layer, weights, name):
     copy_norm(layer.norm2, weights, f"{name}/LayerNorm_2")
     attention = f"{name}/MultiHeadDotProductAttention_1"
     for part in ("query", "key", "value"):
-        ours = getattr(layer.attention, part)
-        copy(ours.weight, weights[f"{attention}/{part}/kernel"].flatten(1).T)   # (D, heads, D')
+        ours, theirs = getattr(layer.attention, part), weights[f"{attention}/{part}/kernel"]
+        if theirs.shape[1] != layer.attention.heads:                            # (D, heads, D')
+            raise ValueError(f"it has {theirs.shape[1]} heads, not {layer.attention.heads}")
+        copy(ours.weight, theirs.flatten(1).T)
         copy(ours.bias, weights[f"{attention}/{part}/bias"].flatten())
     copy(layer.attention.out.weight, weights[f"{attention}/out/kernel"].flatten(0, 1).T)
     copy(layer.attention.out.bias, weights[f"{attention}/out/bias"])

@@ -5,6 +5,7 @@ What both training loops need: the mean of the losses, and the files of a run.
     meter = training.Meter()
 """
 import glob
+import hashlib
 import json
 import math
 import os
@@ -100,10 +101,18 @@ class Run:
         free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers"]
         # what training sees of the data counts, wherever it lies; older runs did not note it
         free.append("data" if "trained_on" in old else "trained_on")
+        # what the run started from counts, wherever it lies; older runs did not note that either
+        from_files = config.get("started_from", {})
+        free += [key for key, what in from_files.items() if what and "started_from" in old]
+        if "started_from" not in old:
+            free.append("started_from")
         changed = [key for key in config if old.get(key) != config[key] and key not in free]
         if changed == ["trained_on"]:
             die(f"the splits or labels in {config['data']} are not those that this run was started "
                 "with: give it another --out, or --overwrite=True")
+        if changed == ["started_from"]:
+            die("init or tail is another file than when this run was started: give it another "
+                "--out, or --overwrite=True")
         if changed:
             told = "; ".join(f"{key}: {old.get(key)!r} -> {config[key]!r}" for key in changed)
             die(f"this run was started with other settings ({told}): resume it with the same")
@@ -144,6 +153,14 @@ def log_until(path, step):
     if damaged:
         print(f"note: {path}: {damaged} damaged lines are left out")
     return kept
+
+
+def fingerprint(path):
+    """A hash of a file; empty if there is no such file, as for weights that have a name only."""
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as f:
+        return hashlib.sha256(f.read()).hexdigest()[:16]
 
 
 def git_commit():

@@ -106,11 +106,12 @@ def gaps(index):
     """Notes on what training and evaluation will miss, or should not have."""
     notes, homes = [], {}
     for item in index["items"]:
-        homes.setdefault(item.get("group", item["name"]), set()).add(item["split"])
-    torn = [group for group, splits in homes.items() if len(splits) > 1]
+        home = item["split"], item.get("fold")
+        homes.setdefault(item.get("group", item["name"]), set()).add(home)
+    torn = [group for group, its_homes in homes.items() if len(its_homes) > 1]
     if torn:
         notes.append(f"note: {len(torn):,} groups (artists, albums) have clips in more than one "
-                     f"split, as the table says, such as {torn[0]}")
+                     f"split or fold, as the table says, such as {torn[0]}")
     for split in SPLITS:
         chosen = [item for item in index["items"] if item["split"] == split]
         lack = classes_without(chosen, index.get("classes") or {})

@@ -59,6 +59,27 @@ def test_joining_in_three_stages_keeps_what_the_tail_knew(demo, separator, tail_
     assert all(torch.equal(joined[name], tail[name]) for name in tail if name != kernel)
 
 
+def test_a_tail_brings_its_front_end_and_leaves_its_classes(demo, separator, tmp_path):
+    finetune(demo, tmp_path / "t.pt", "--variant=tail", "--epochs=0", "--mel_of_log=True")
+    finetune(demo, tmp_path / "a.pt", "--variant=v3", f"--init={separator}", "--task=genre",
+             f"--tail={tmp_path}/t.pt", "--epochs=0")
+    net, meta = model.load(tmp_path / "a.pt")
+    assert net.args["mel_of_log"] and net.tail.out.out_features == len(meta["classes"]) == 4
+    dense = weights_of(tmp_path / "t.pt")["tail.dense.weight"]
+    assert torch.equal(net.tail.dense.weight, dense)
+
+
+def test_what_a_run_started_from_may_move_but_not_change(demo, separator, tmp_path):
+    shutil.copy(separator, tmp_path / "one.pt")
+    arguments = ["--epochs=1", f"--init={tmp_path}/two.pt", "--resume=True"]
+    finetune(demo, tmp_path / "a.pt", "--epochs=1", f"--init={tmp_path}/one.pt")
+    (tmp_path / "one.pt").rename(tmp_path / "two.pt")
+    finetune(demo, tmp_path / "a.pt", *arguments)
+    saved = torch.load(tmp_path / "two.pt", weights_only=True)
+    torch.save({**saved, "step": 5}, tmp_path / "two.pt")
+    assert "another file than when" in finetune(demo, tmp_path / "a.pt", *arguments, ok=False)
+
+
 def test_a_frozen_unet_does_not_move_and_the_tail_does(demo, separator, tmp_path):
     finetune(demo, tmp_path / "a.pt", "--freeze=unet", f"--init={separator}", "--recipe=modern")
     after, before = weights_of(tmp_path / "a.resume"), weights_of(separator)
@@ -213,17 +234,17 @@ WRONG = [
     ("finetune_cls.py", ["CLIPS", *SMALL, "--tail={tail}"], "needs variant=v3"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=v3", "--tail={separator}"],
      "not a classifier of variant tail"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=v3", "--tail={tail}", "--task=genre"],
-     "of another shape"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--skips=6"], "skips must be from 0 to 5"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--label_fraction=0"], "label_fraction must be from"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--fold=0"], "needs clips with folds 0, 1, 2"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--fold=-2"], "fold must be at least -1"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--vit=v.npz"], "vit= needs variant=ast"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--vit=v.npz", "--tail={tail}"], "choose one"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--frames=768"], "384 without a transformer"),
     ("finetune_cls.py", ["CLIPS", *AST, "--frames=100"], "frames must be a multiple of 64"),
     ("finetune_cls.py", ["CLIPS", *AST, "--transformer=32,4,2"], "with 4 layers --skips is at"),
     ("finetune_cls.py", ["CLIPS", *AST, "--transformer=30,12,4"], "a multiple of the heads"),
-    ("finetune_cls.py", ["CLIPS", *AST, "--vit=README.md"], "is not the .npz file of a ViT"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--vit=README.md"], "cannot be read as an .npz"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--init=released:vocal"], "did you mean vocals?"),
     ("eval.py", ["none.pt"], "no checkpoint at none.pt"),
     ("eval.py", ["{tail}", "SONGS"], "classification needs labelled clips"),

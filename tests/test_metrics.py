@@ -82,6 +82,11 @@ def test_a_source_that_is_silent_all_through_is_left_out():
     assert set(alone["vocals"]) == {"SI-SDR", "new SDR"}
 
 
+def test_a_silent_estimate_is_not_praised():
+    reference = np.sin(np.arange(1000.0))
+    assert metrics.si_sdr(reference, np.zeros(1000)) == -120
+
+
 def test_the_ceiling_in_pieces_is_the_ceiling_at_once():
     truth, _ = songs(2, 11)
     mixture = sum(truth)
@@ -146,6 +151,14 @@ def test_auc_is_the_share_of_pairs_in_the_right_order():
     pairs = (yes[:, None] > no) + 0.5 * (yes[:, None] == no)
     roc, _ = metrics.areas(targets[:, 0], scores[:, 0], np.ones((1, 60), int))
     assert roc[0] == pytest.approx(pairs.mean())
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, bool, np.float16])
+def test_scores_may_be_of_any_type(dtype):
+    targets = np.array([[1], [0], [1], [0]], bool)
+    scores = np.array([[0], [1], [1], [0]]).astype(dtype)
+    assert metrics.tag_metrics(targets, scores)["ROC-AUC"][0] == 0.5
+    assert metrics.tag_metrics(~targets, targets.astype(dtype))["ROC-AUC"][0] == 0
 
 
 def test_a_single_clip_has_no_auc_and_no_number_is_no_score():

@@ -72,8 +72,18 @@ def test_wrong_bytes_are_never_kept(published):
     Server.mood[released.PLACES["vocals"] + ".data-00000-of-00001"] = ["wrong"]
     with pytest.raises(ValueError, match="checksum of layer 0"):
         model.load("released:vocals")
-    assert not [name for _, _, names in os.walk(published) for name in names]
+    assert {name for _, _, names in os.walk(published) for name in names} == {".lock"}
     model.load("released:vocals")
+
+
+def test_another_network_is_told(published):
+    pair = [released.PLACES[name] for name in ("vocals", "mtat_tail")]
+    for ending in (".index", ".data-00000-of-00001"):
+        one, other = (Server.files[place + ending] for place in pair)
+        Server.files |= {pair[0] + ending: other, pair[1] + ending: one}
+    for name in ("vocals", "mtat_tail"):
+        with pytest.raises(ValueError, match=f"is another network than released:{name}"):
+            model.load(f"released:{name}")
 
 
 def test_a_download_that_broke_off_goes_on(published):

@@ -5,6 +5,7 @@ The table over rows, label fractions and seeds: runs, goes on, and is made from 
 """
 import csv
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from conftest import CLS, ROOT, SEP, run
 from sklearn import metrics as sk
 
 import runtime
+import table
 
 CONFIG = """
 separators = {{"vocals": "config/vocals.py --data={demo}/demo_songs --steps=2 {sep}"}}
@@ -105,6 +107,61 @@ def test_results_of_other_settings_are_refused(whole, config):
     assert "other settings (epochs: 1, now 3)" in said
 
 
+def changed(path, change):
+    result = json.loads(path.read_text())
+    change(result)
+    path.write_text(json.dumps(result))
+
+
+def other_clips(path):
+    saved = dict(np.load(path))
+    np.savez(path, **{**saved, "clips": saved["clips"][::-1]})
+
+
+NAME = "tags-joined-labels0.5-seed2"
+
+
+@pytest.mark.parametrize("ending, change, message", [
+    ("json", lambda r: r["config"].update(trained_on="x"), "splits or labels in"),
+    ("json", lambda r: r.update(tested_on="x"), "splits or labels in"),
+    ("json", lambda r: r["config"]["started_from"].update(init="x"), "is another file now"),
+    ("json", lambda r: r.update(split="valid"), "is not what eval.py writes for the test split"),
+    ("npz", lambda path: path.write_bytes(b"PK"), "cannot be read"),
+    ("npz", other_clips, "were tested on other clips or labels")])
+def test_results_that_do_not_belong_here_are_refused(
+        whole, config, tmp_path, ending, change, message):
+    (tmp_path / "runs").mkdir()
+    for path in (whole[0] / "runs").iterdir():
+        if path.suffix in (".json", ".npz", ".pt"):
+            (tmp_path / "runs" / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "runs" / f"{NAME}.{ending}"
+    if ending == "json":
+        changed(path, change)
+    else:
+        change(path)
+    assert message in run("table.py", config, f"--out={tmp_path}", "--jobs=0", ok=False)
+
+
+def test_what_a_row_needs_comes_before_it(monkeypatch):
+    monkeypatch.setattr(table, "out", "my folder")
+    monkeypatch.setattr(table, "separators", {"a": ""})
+    monkeypatch.setattr(table, "rows", {"a": "--init={a} --tail={b}", "b": "config/tail.py"})
+    jobs = table.cell_jobs(("tags", 1.0, 0, 3), ["--task=tags"])
+    assert [job.name for job in jobs] == ["tags-b-fold0-seed3", "tags-a-fold0-seed3"]
+    assert sorted(jobs[1].needs) == ["a", "tags-b-fold0-seed3"]
+    assert f"--init={os.path.join('my folder', 'runs', 'a.pt')}" in jobs[1].arguments
+    assert jobs[1].arguments[-3:] == ["--seed=3", "--label_fraction=1.0", "--fold=0"]
+    monkeypatch.setattr(table, "rows", {"b": "--tail={c}", "c": "--tail={b}"})
+    with pytest.raises(SystemExit, match="rows that need each other can never begin: b, c"):
+        table.cell_jobs(("tags", 1.0, 0, 3), [])
+
+
+def test_a_separator_may_have_no_number():
+    medians = {"bass": {"model": {"SI-SDR": None}}, "drums": {"model": {"SI-SDR": 1.5}}}
+    said = table.headline({"kind": "separator", "median": medians})
+    assert said == "SI-SDR in dB: drums 1.50"
+
+
 def test_a_table_that_was_stopped_goes_on_to_the_same_scores(whole, config, tmp_path):
     arguments = [sys.executable, "table.py", config, f"--out={tmp_path}", "--jobs=2",
                  "--separators={}", "--rows={'tail': 'config/tail.py'}", "--seeds=[1]"]
@@ -161,7 +218,11 @@ def test_a_run_that_fails_costs_itself_and_what_needs_it(config, tmp_path):
 @pytest.mark.parametrize("option, message", [
     ("--rows={}", "needs rows and tasks"), ("--jobs=-1", "jobs must be at least 0"),
     ("--rows={'a/b': ''}", "becomes part of a file's name"),
-    ("--rows={'a': '--init={bass}'}", "neither a separator nor a row"),
+    ("--rows={'a': '--init={bass}'}", "names in {} are those of separators and rows"),
+    ("--rows={'a': '\"'}", "cannot be read (No closing quotation)"),
+    ("--rows={'a': None}", "must be one text"), ("--labels={0.5: None}", "must be one text"),
+    ("--seeds=3,3", "must be different numbers"), ("--folds=-2", "must be at least -1"),
+    ("--baselines=tial", "is not one of the rows"),
     ("--labels={2.0: ''}", "shares above 0"), ("--jobs=0", "no run is finished")])
 def test_wrong_settings_are_told(config, tmp_path, option, message):
     assert message in run("table.py", config, f"--out={tmp_path}", option, ok=False)

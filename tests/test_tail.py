@@ -169,6 +169,30 @@ def test_a_vit_of_another_size_is_told(tmp_path):
         tail.load_vit(net, tmp_path / "v.npz")
 
 
+def test_a_vit_of_other_heads_or_more_layers_or_without_numbers_is_told(tmp_path):
+    w = fake_vit(tmp_path / "v.npz")
+    for size, message in (((D, DEPTH, 4), "it has 2 heads, not 4"), ((D, 3, HEADS), "more layers")):
+        net = model.Classifier(3, True, "ast_tail", transformer=size, frames=128).tail
+        with pytest.raises(ValueError, match=message):
+            tail.load_vit(net, tmp_path / "v.npz")
+    np.savez(tmp_path / "v.npz", **{**w, "cls": np.full_like(w["cls"], np.nan)})
+    with pytest.raises(ValueError, match="not all of its numbers are finite"):
+        tail.load_vit(small("ast_tail").tail, tmp_path / "v.npz")
+
+
+@pytest.mark.parametrize("raw", [b"", b"PK\x03\x04" + bytes(100), b"\x93NUMPY" + bytes(100)])
+def test_a_vit_that_cannot_be_read_is_told(tmp_path, raw):
+    (tmp_path / "v.npz").write_bytes(raw)
+    with pytest.raises(ValueError, match="cannot be read as an .npz file"):
+        tail.load_vit(small("ast_tail").tail, tmp_path / "v.npz")
+
+
+def test_silence_scaled_by_the_batch_gives_numbers():
+    net = small(batch_scale=True)
+    with torch.no_grad():
+        assert torch.isfinite(net(torch.zeros(1, net.crop))).all()
+
+
 # -----------------------------------------------------------------------------
 # the script
 
