@@ -18,7 +18,7 @@ $(VENV)/.complete: requirements.txt
 
 test: $(VENV)/.complete
 	$(PY) -m ruff check .
-	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 demo: $(VENV)/.complete
 	$(PY) prepare_data.py demo

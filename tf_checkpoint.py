@@ -281,6 +281,8 @@ def _advance_one_bit(c):
 TABLE = np.arange(256, dtype=np.uint32)
 for _ in range(8):
     TABLE = _advance_one_bit(TABLE)
+PER_BYTE = TABLE.tolist()
+SHORT = 1 << 14         # bytes: so many are faster one by one than by matrices
 
 
 def _apply(matrix, c):
@@ -306,10 +308,10 @@ def _advance(n):
 
 def crc32c(data):
     data = np.frombuffer(bytes(data), np.uint8)
-    if len(data) < 4:  # too short for the rows
+    if len(data) < SHORT:
         c = 0xFFFFFFFF
         for byte in data.tolist():
-            c = int(TABLE[(c ^ byte) & 255]) ^ (c >> 8)
+            c = PER_BYTE[(c ^ byte) & 255] ^ (c >> 8)
         return c ^ 0xFFFFFFFF
 
     # as many rows as a power of two near sqrt(len / 64); zeros in front change nothing
