@@ -170,13 +170,13 @@ net = model.Separator(["a", "b"], [4] * 6).eval()
 model.separate(net, torch.rand(int(sys.argv[1]) * 16000))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
     used = []
-    for seconds in (30, 200):
+    for seconds in (20, 120):
         done = subprocess.run([sys.executable, "-c", code, str(seconds)], cwd=ROOT, text=True,
                               capture_output=True, check=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"})
         used.append(int(done.stdout))
-    song_and_result = 4 * 170 * 16000 * (1 + 2)
-    assert used[1] - used[0] < song_and_result + 30e6
+    song_and_result = 4 * 100 * 16000 * (1 + 2)
+    assert used[1] - used[0] < song_and_result + 20e6
 
 
 # -----------------------------------------------------------------------------
