@@ -185,7 +185,8 @@ def other_contents(then, now, kind, tested_on):
         if what and training.fingerprint(now[key]) not in ("", what):
             return f"{now[key]} is another file now"
     hashes = data_hashes(now["data"], kind, now.get("fold", -1))
-    if hashes and hashes != (then["trained_on"], tested_on or hashes[1]):
+    # older results do not say what they were tested on
+    if hashes and hashes != (then.get("trained_on"), tested_on or hashes[1]):
         return f"the splits or labels in {now['data']} are others now"
     return ""
 
