@@ -268,7 +268,13 @@ def prepared_for(meta, path, kind, folder, split):
     """The data in `folder`, else what the checkpoint was trained on; split by its fold, if any."""
     fold = meta["config"].get("fold", -1)
     if folder:
-        return Prepared(folder, kind, fold)
+        prepared = Prepared(folder, kind)
+        if fold >= 0 and any("fold" in item for item in prepared.index["items"]):
+            return Prepared(folder, kind, fold)
+        if fold >= 0:
+            print(f"note: {path} was trained for fold {fold}; {folder} has no folds, so its own "
+                  f"{split} split is measured")
+        return prepared
     folder = meta["config"].get("data")
     if not folder:
         die(f"{path} does not say what it was trained on: name a folder with --data=")

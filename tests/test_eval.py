@@ -32,6 +32,13 @@ def test_scores_do_not_depend_on_how_clips_come_together(demo):
     np.testing.assert_allclose(evaluation.clip_scores(net, clips), together, atol=1e-6)
 
 
+def test_a_checkpoint_of_a_fold_is_measured_on_data_without_folds(demo, capsys):
+    folder, meta = str(demo / "demo_clips"), {"config": {"fold": 1}}
+    prepared = evaluation.prepared_for(meta, "a.pt", "clips", folder, "test")
+    assert len(prepared.items("test")) == 12
+    assert "has no folds, so its own test split is measured" in capsys.readouterr().out
+
+
 # -----------------------------------------------------------------------------
 # the script
 
