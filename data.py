@@ -83,10 +83,11 @@ def check_keys(entry, needed, file):
 
 def split_by_fold(items, fold, path):
     """Gives the items splits: this fold is test, the next or the first one valid, others train."""
-    folds = {item.get("fold") if type(item.get("fold")) is int else "none" for item in items}
-    if folds != set(range(len(folds))) or len(folds) < 3 or fold not in folds:
+    # as Python writes them: a list is no fold, and neither is the text "0"
+    folds = {repr(item.get("fold")) for item in items}
+    if folds != set(map(repr, range(len(folds)))) or len(folds) < 3 or repr(fold) not in folds:
         raise ValueError(f"fold={fold} needs clips with folds 0, 1, 2 and so on, {path} has "
-                         f"{', '.join(sorted(map(str, folds)))}: prepare it from a table with a "
+                         f"{', '.join(sorted(folds))}: prepare it from a table with a "
                          "column fold (-1 is no fold)")
     for item in items:
         behind = (item["fold"] - fold) % len(folds)

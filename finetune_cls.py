@@ -196,7 +196,7 @@ def read_tail(clips):
     if meta["kind"] != "classifier" or net.args["variant"] != ALONE[variant]:
         die(f"tail={tail} is not a classifier of variant {ALONE[variant]}: train one with "
             f"--variant={ALONE[variant]}")
-    if net.args.get("batch_scale", False) != batch_scale:
+    if net.args["batch_scale"] != batch_scale:
         die(f"tail={tail} was trained with batch_scale={net.args['batch_scale']}: say the same "
             "here")
     weights = known_part(net.tail, meta, clips)
@@ -219,7 +219,7 @@ def known_part(tail, meta, clips):
 def build(clips):
     """The classifier, with what `init`, `tail` and `vit` hold already in it."""
     unet_args = dict(sources=sources, widths=widths, pool=pool or "max")
-    old_mel, tail_weights = mel_of_log, {}
+    old_mel = mel_of_log
     if init:
         source, meta = read_init()
         unet_args = {key: source.args[key] for key in unet_args}

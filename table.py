@@ -107,6 +107,7 @@ def cell_jobs(cell, of_all):
     names = {row: run_name(row, *cell) for row in rows}
     known = names | {name: name for name in separators}     # a row may be called like a separator
     paths = {name: checkpoint_of(job) for name, job in known.items()}
+    # these stand last: no row can leave its cell
     place = [f"--seed={number}", f"--label_fraction={share}", f"--fold={fold}"]
     found = []
     for row, of_row in rows.items():
@@ -119,6 +120,7 @@ def cell_jobs(cell, of_all):
         arguments = of_all + arguments + place
         found.append(Job(names[row], "finetune_cls.py", arguments, needs, row, cell))
 
+    # rows that start from others come behind them
     ordered = []
     while found:
         left = {job.name for job in found}

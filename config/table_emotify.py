@@ -6,7 +6,8 @@
 #         --name=emotify_tags
 # Then:
 #     python table.py config/table_emotify.py
-# Widths are small: half as wide as the demo's where spectrograms are large, wider where not.
+
+# widths are small: half as wide as the demo's where spectrograms are large, wider where not
 _songs = ("config/demo_sep.py --data=data/songs --widths=4,8,16,32,32,32 "
           "--steps=600 --lr_decay_every=60")
 _clips = ("--sources=vocals --pool=max --widths=4,8,16,32,32,32 --tail_widths=8,16,32,32,32,32,64 "

@@ -192,6 +192,14 @@ def test_a_table_may_have_folds_and_its_labels_in_any_column(clips):
     assert found(clips, "genre")["classes"] == {"genre": ["a", "b"]}
 
 
+def test_an_artist_in_two_folds_is_told(clips, capsys):
+    """Folds 2 and 3 are both in the train split of a prepared folder."""
+    lines = [f"{k}.wav,{'ab'[k % 2]},{'x' if k in (2, 3) else k},{k % 4}" for k in range(20)]
+    assert own(clips, table(clips, ["path,label,artist,fold", *lines])) == 0
+    assert "note: 1 groups (artists, albums) have clips in more than one split or fold" in (
+        capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("text, message", [
     ("path,label,fold\na.wav,x,one", "fold is 'one'"),
     ("path,label,fold\na.wav,x,0\nb.wav,x,1", "needs clips with folds 0, 1, 2"),

@@ -13,8 +13,8 @@ from conftest import ROOT, run
 
 import report
 
-ODD = ["Ba$$in", "$x$", "a_b^c", "\\frac{1}{2}", "日本語", "🎵 emoji", "line\nbreak", "x" * 300,
-       "{", ""]
+ODD = ["Ba$$in", "$x$", "a_b^c", "\\frac{1}{2}", "日本語", "🎵 emoji", "line\nbreak",
+       "x" * 300, "{", ""]
 
 
 @pytest.fixture(autouse=True)

@@ -213,8 +213,11 @@ def test_songs_that_are_decoded_need_no_files(hq, monkeypatch, capsys):
     raw = hq / "out" / "raw" / "musdb_hq"
     raw.parent.mkdir(parents=True)
     (hq / "in").rename(raw)
-    monkeypatch.setattr(download, "fetch", lambda wanted, folder, _: os.makedirs(folder,
-                                                                               exist_ok=True))
+
+    def fetch(wanted, folder, elsewhere):
+        os.makedirs(folder, exist_ok=True)
+
+    monkeypatch.setattr(download, "fetch", fetch)
     arguments = (hq / "out", "musdb", "--hq=True", "--workers=1")
     assert prepare(*arguments) == 3
     shutil.rmtree(raw)
