@@ -7,11 +7,12 @@
 # Then:
 #     python table.py config/table_emotify.py
 
-# widths are small: half as wide as the demo's where spectrograms are large, wider where not
+# the U-Net is narrow where spectrograms are large; the tail has half the paper's widths
 _songs = ("config/demo_sep.py --data=data/songs --widths=4,8,16,32,32,32 "
-          "--steps=600 --lr_decay_every=60")
-_clips = ("--sources=vocals --pool=max --widths=4,8,16,32,32,32 --tail_widths=8,16,32,32,32,32,64 "
-          "--epochs=12 --val_crops=1")
+          "--steps=600 --lr_decay_every=60 --dtype=bfloat16")
+_clips = ("--sources=vocals --pool=max --widths=4,8,16,32,32,32 "
+          "--tail_widths=16,32,64,64,64,64,128 --dropout=0.2 "
+          "--epochs=16 --learning_rate=4e-3 --val_crops=1 --dtype=bfloat16")
 separators = {
     "vocals": f"{_songs} --sources=vocals --pool=max",
     "drums": f"{_songs} --sources=drums --pool=max",
@@ -27,7 +28,7 @@ rows = {
     "vocals": "--init={vocals} --unet_lr=0.1",
     "three": "--init={three} --unet_lr=0.1",
 }
-labels = {1.0: "", 0.25: "--epochs=24"}
+labels = {1.0: "", 0.25: "--epochs=32"}
 folds = [0, 1, 2, 3]
 seeds = [1, 2]
 jobs = 2    # of one thread each on two cores
