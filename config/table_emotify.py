@@ -28,7 +28,7 @@ rows = {
     "vocals": "--init={vocals} --unet_lr=0.1",
     "three": "--init={three} --unet_lr=0.1",
 }
-labels = {1.0: "", 0.25: "--epochs=32"}
+labels = {1.0: "", 0.25: "--epochs=24"}
 folds = [0, 1, 2, 3]
 seeds = [1, 2]
 jobs = 2    # of one thread each on two cores
