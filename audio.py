@@ -1,8 +1,10 @@
 """
-Any audio file in, mono float32 out; resampling; int16.
+Any audio file in, float32 out; resampling; int16.
 
-    wave, rate, damage = audio.read("song.mp3")     # or an open binary file
+    wave, rate, damage = audio.read("song.mp3")     # mono; or an open binary file
     wave = audio.resample(wave, rate, 16000)
+    with audio.Blocks("song.mp3") as song:          # all channels, block by block
+        for block in song: ...                      # (C, n) at song.rate
 
 Reads what FFmpeg reads, to the last sample that can be decoded. PyAV brings FFmpeg along.
 """
@@ -20,7 +22,7 @@ LONGEST = 4 * 3600                  # seconds; an int16 track of that length is 
 RATES = range(1000, 1_000_001)      # Hz; outside, the header is wrong
 SLACK = 0.25                        # seconds that a header may be wrong by
 JITTER = 0.1                        # seconds that the time of a frame may be wrong by
-BLOCK = 1 << 20                     # samples that are turned to mono at once
+BLOCK = 1 << 20                     # samples that are taken over at once
 # what FFmpeg must not take a file for: these formats open other files, addresses or devices
 UNSAFE = {"alsa", "avisynth", "concat", "dash", "fbdev", "hls", "image2", "image2pipe", "imf",
           "kmsgrab", "lavfi", "oss", "rtp", "rtsp", "sap", "sdp", "vapoursynth", "vobsub",
@@ -51,42 +53,93 @@ def read(file, stream=0):
     damage: sentences on what is damaged, cut off or left out; empty for a healthy file.
     Broken with the reason if nothing can be decoded; OSError if the file cannot be opened.
     """
-    with contextlib.ExitStack() as stack:
-        f = file
-        if isinstance(file, (str, os.PathLike)):
-            f = stack.enter_context(open(file, "rb"))  # FFmpeg would take a name for an address
-        if f.seek(0, os.SEEK_END) == 0:
-            raise Broken("is empty (0 bytes)")
-        f = without_tags(f)
-        container = stack.enter_context(open_container(f))
-        name = container.format.name.partition(",")[0]
-        tracks = container.streams.audio
-        if stream >= len(tracks):
-            raise Broken(f"has {len(tracks)} audio streams, number {stream + 1} is wanted")
-        track = tracks[stream]
-        waves, damage = decode(container, track)
-        if name == "wav":
-            check_wav(f)
-        declared = (container.duration or 0) / av.time_base
-        if track.duration:
-            declared = float(track.duration * track.time_base)
+    with Sound(file, stream) as sound:
+        waves, seconds = [], {}
+        for rate, samples in decode(sound.container, sound.track, sound.damage):
+            wave = samples[0] if len(samples) == 1 else samples.mean(0)         # (n,)
+            waves.append((rate, wave))
+            seconds[rate] = seconds.get(rate, 0) + len(wave) / rate
+            if sum(seconds.values()) > LONGEST:
+                raise Broken(f"is longer than {LONGEST // 3600} hours")
 
         # a file may change its rate, most often because damage looks like a header
-        seconds = {}
-        for rate, wave in waves:
-            seconds[rate] = seconds.get(rate, 0) + len(wave) / rate
         rate = max(seconds, key=seconds.get, default=0)
         other = sum(seconds.values()) - seconds.get(rate, 0)
         if other:
-            damage.append(f"{other:.1f} s of it have another sample rate: left out")
+            sound.damage.append(f"{other:.1f} s of it have another sample rate: left out")
         wave = np.concatenate([np.zeros(0, np.float32), *(w for r, w in waves if r == rate)])
-        if not len(wave):
-            raise Broken("holds no sound that can be decoded")
+        sound.check_end(len(wave), rate)
+    return wave, rate, sound.damage
 
-        problem = cut_off(f, name, declared, len(wave) / rate, rate)
+
+class Sound:
+    """An open file and one of its audio streams; `damage` gathers what is wrong with it."""
+
+    def __init__(self, file, stream=0):
+        self.stack, self.damage = contextlib.ExitStack(), []
+        with self.stack:        # closes what is open if anything below fails
+            f = file
+            if isinstance(file, (str, os.PathLike)):
+                # FFmpeg would take a name for an address
+                f = self.stack.enter_context(open(file, "rb"))
+            if f.seek(0, os.SEEK_END) == 0:
+                raise Broken("is empty (0 bytes)")
+            self.file = without_tags(f)
+            self.container = self.stack.enter_context(open_container(self.file))
+            self.format = self.container.format.name.partition(",")[0]
+            tracks = self.container.streams.audio
+            if stream >= len(tracks):
+                raise Broken(f"has {len(tracks)} audio streams, number {stream + 1} is wanted")
+            self.track = tracks[stream]
+            self.declared = (self.container.duration or 0) / av.time_base       # seconds
+            if self.track.duration:
+                self.declared = float(self.track.duration * self.track.time_base)
+            self.stack = self.stack.pop_all()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.stack.close()
+
+    def check_end(self, n, rate):
+        """What is known once all is decoded, to n samples: Broken, or one more kind of damage."""
+        if self.format == "wav":
+            check_wav(self.file)
+        if not n:
+            raise Broken("holds no sound that can be decoded")
+        problem = cut_off(self.file, self.format, self.declared, n / rate, rate)
         if problem:
-            damage.append(problem)
-    return wave, rate, damage
+            self.damage.append(problem)
+
+
+class Blocks(Sound):
+    """The samples of an audio stream in float32 blocks (C, n), for songs of any length.
+
+    rate, channels: those of the stream's header; what has others is left out. declared: seconds
+    by the header, 0 if unknown. damage is complete at the end. Errors are those of read().
+    """
+
+    def __init__(self, file, stream=0):
+        super().__init__(file, stream)
+        context = self.track.codec_context
+        self.rate, self.channels = context.sample_rate, context.layout.nb_channels
+        if self.rate not in RATES or not self.channels:
+            self.stack.close()
+            raise Broken(f"has a sample rate of {self.rate} Hz and {self.channels} channels")
+
+    def __iter__(self):
+        n, other = 0, 0.0
+        for rate, samples in decode(self.container, self.track, self.damage):
+            if (rate, len(samples)) != (self.rate, self.channels):
+                other += samples.shape[1] / rate
+                continue
+            n += samples.shape[1]
+            yield samples
+        if other:
+            self.damage.append(f"{other:.1f} s of it have another sample rate or number of "
+                               "channels: left out")
+        self.check_end(n, self.rate)
 
 
 def open_container(f):
@@ -108,9 +161,12 @@ def blame_the_file(e):
         raise e
 
 
-def decode(container, track):
-    """([(rate, mono block (N,))], damage) of one stream, to its last frame that can be decoded."""
-    waves, fifo, kind, bad = [], av.AudioFifo(), None, 0
+def decode(container, track, damage):
+    """Blocks (rate, (C, n)) of one stream, to its last frame that can be decoded.
+
+    What is wrong is added to `damage`, a list of sentences, at the end.
+    """
+    fifo, kind, bad = av.AudioFifo(), None, 0
     due, lost = None, 0.0  # when the next frame should begin, and what is missing; in seconds
     for packet in packets(container, track):
         try:
@@ -127,17 +183,15 @@ def decode(container, track):
             # a fifo holds frames of one kind, and would read beyond the end of others
             its = frame.sample_rate, frame.layout.nb_channels, frame.format.name
             if fifo.samples and (its != kind or fifo.samples > BLOCK):
-                waves.append(mono(fifo))
+                yield samples_of(fifo)
                 fifo = av.AudioFifo()
             frame.pts, kind = None, its  # with its time, the fifo would insist on its own clock
             fifo.write(frame)
-        if sum(len(wave) / rate for rate, wave in waves) > LONGEST:
-            raise Broken(f"is longer than {LONGEST // 3600} hours")
     if fifo.samples:
-        waves.append(mono(fifo))
+        yield samples_of(fifo)
     told = {f"{bad} of its packets are damaged: left out": bad,
             f"{lost:.1f} s are missing inside it": lost}
-    return waves, [text for text, count in told.items() if count]
+    damage += [text for text, count in told.items() if count]
 
 
 def can_be_taken(frame):
@@ -160,22 +214,18 @@ def packets(container, track):
             return
 
 
-def mono(fifo):
-    """(rate, what is in the fifo as one mono wave (N,) float32, full scale is 1)."""
+def samples_of(fifo):
+    """(rate, what is in the fifo as float32 (C, n), full scale is 1)."""
     frame = fifo.read()
     if frame.sample_rate not in RATES:
         raise Broken(f"has a sample rate of {frame.sample_rate} Hz")
     samples = frame.to_ndarray()                    # planar: (C, N), else (1, N C)
     if not frame.format.is_planar:
         samples = samples.reshape(-1, frame.layout.nb_channels).T               # (C, N)
-    wave = samples[0].astype(np.float32)
-    if len(samples) > 1:
-        wave = samples.mean(0, dtype=np.float32)                                # (N,)
     full = {"u1": 2.0 ** 7, "i2": 2.0 ** 15, "i4": 2.0 ** 31, "i8": 2.0 ** 63}
-    scale = full.get(samples.dtype.str[1:], 1.0)
-    if samples.dtype == np.uint8:
-        wave -= np.float32(scale)  # silence is 128
-    return frame.sample_rate, wave / np.float32(scale)
+    scale = np.float32(full.get(samples.dtype.str[1:], 1.0))
+    silence = np.float32(128.0 if samples.dtype == np.uint8 else 0.0)
+    return frame.sample_rate, (samples.astype(np.float32) - silence) / scale
 
 
 # -----------------------------------------------------------------------------
@@ -364,11 +414,12 @@ def resampler(rate, to):
 
 
 def resample(wave, rate, to):
-    """float32 (N,) at `rate` Hz -> (ceil(N to / rate),) at `to` Hz, by torchaudio with KERNEL.
+    """float32 (..., N) at `rate` Hz -> (..., ceil(N to / rate)) at `to` Hz, by torchaudio.
 
     Two rates with little in common (44,101 Hz) would need gigabytes of kernels: then by FFT.
     """
-    if rate == to or not len(wave):
+    n = wave.shape[-1]
+    if rate == to or not n:
         return wave
     import torch
     down, up = rate // gcd(rate, to), to // gcd(rate, to)
@@ -379,13 +430,13 @@ def resample(wave, rate, to):
             return resampler(rate, to)(wave).numpy()
 
         # whole units of `down` samples become `up`; silence keeps the end out of the beginning
-        units = ceil((len(wave) + rate / 10) / down)
-        spectrum = torch.fft.rfft(wave.double(), units * down)                  # (bins,)
-        hertz = torch.arange(len(spectrum)) * (rate / (units * down))
+        units = ceil((n + rate / 10) / down)
+        spectrum = torch.fft.rfft(wave.double(), units * down)                  # (..., bins)
+        hertz = torch.arange(spectrum.shape[-1]) * (rate / (units * down))
         above = (hertz / (min(rate, to) / 2) - 0.9375) / 0.0625
         spectrum *= torch.cos(above.clamp(0, 1) * torch.pi / 2) ** 2    # 1 to 7.5 kHz, 0 at 8
         longer = torch.fft.irfft(spectrum, units * up) * (up / down)
-        return longer[:ceil(len(wave) * to / rate)].float().numpy()             # (ceil(N to/rate),)
+        return longer[..., :ceil(n * to / rate)].float().numpy()
 
 
 def to_int16(wave):
@@ -393,3 +444,48 @@ def to_int16(wave):
     scaled = np.asarray(wave) * 32768.0
     np.rint(scaled, out=scaled)
     return np.clip(scaled, -32768, 32767, out=scaled).astype("<i2")
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+# what can be written: container and codec
+WRITTEN = {"wav": ("wav", "pcm_s16le"), "flac": ("flac", "flac"), "mp3": ("mp3", "libmp3lame"),
+           "opus": ("opus", "libopus")}
+LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")  # of 1 to 8 channels
+BITS = 96_000                       # per second and channel of mp3 and opus
+
+
+@contextlib.contextmanager
+def writer(f, kind, rate, channels):
+    """A function that writes blocks of int16 (C, n) to an open binary file.
+
+    kind: wav or flac, which keep every sample; mp3 or opus, which change the rate where they do
+    not know it. ValueError if that kind cannot hold so many channels.
+    """
+    if channels > (2 if kind == "mp3" else 8):
+        raise ValueError(f"{kind} cannot hold {channels} channels: choose wav or flac, which hold "
+                         "up to 8")
+    name, codec = WRITTEN[kind]
+    known = av.codec.Codec(codec, "w").audio_rates
+    own = min((r for r in known if r >= rate), default=max(known)) if known else rate
+    options = {"rf64": "auto"} if kind == "wav" else {}             # beyond 4 GB
+    with av.open(f, "w", format=name, container_options=options) as container:
+        layout = LAYOUTS[channels - 1]
+        stream = container.add_stream(codec, rate=own, layout=layout)
+        if known:
+            stream.bit_rate = BITS * channels
+        stream.codec_context.open()
+        converter = av.AudioResampler(stream.format, layout, own, stream.codec_context.frame_size)
+
+        def write(samples):
+            flat = np.ascontiguousarray(samples.T).reshape(1, -1)               # (1, n C)
+            frame = av.AudioFrame.from_ndarray(flat, format="s16", layout=layout)
+            frame.sample_rate = rate
+            for part in converter.resample(frame):
+                container.mux(stream.encode(part))
+
+        yield write
+        for part in converter.resample(None):
+            container.mux(stream.encode(part))
+        container.mux(stream.encode(None))

@@ -4,12 +4,13 @@ The networks of "Pre-Training Music Classification Models via Music Source Separ
 
     import model
     net, meta = model.load("ckpt/vocals.pt")    # or "released:vocals", or a TensorFlow prefix
-    stems = model.separate(net, wave)           # a Separator: a song (N,) -> (S, N), any length
-    logits = net(wave)                          # a Classifier: (B, N) -> (B, classes)
+    stems = model.separate(net, wave, rate)     # a Separator: a song (C, N) -> (S, C, N)
+    scores = model.tag(net, wave, rate)         # a Classifier: a song (C, N) -> (classes,)
+    logits = net(wave)                          # the same (B, N) -> (B, classes), 16 kHz mono
 
-A wave is floating point in [-1, 1], 16 kHz, mono. Spectrograms, logarithms, mel and resynthesis
-are always float32. Only `unet` and `tail`, the convolutional parts, are ever compiled or run in
-reduced precision (set `net.amp_dtype`).
+A wave is floating point in [-1, 1]. The networks hear 16 kHz, mono. Spectrograms, logarithms, mel
+and resynthesis are always float32. Only `unet` and `tail`, the convolutional parts, are ever
+compiled or run in reduced precision (set `net.amp_dtype`).
 
 Letters in shapes: B batch, N samples, S sources, C channels, T frames, F frequency bins, M mel
 bands, K crops or windows.
@@ -211,33 +212,63 @@ class Separator(nn.Module):
         return torch.stack(songs).to(wave.device)                   # (B, S, N)
 
 
-@torch.no_grad()
-def separate(net, wave, batch=4):
-    """A whole song (N,) or (1, N) of any length -> its sources (S, N), float32 on the CPU.
+# -----------------------------------------------------------------------------
+# whole songs, at any rate and with any channels
 
-    The song runs in windows of 384 frames that overlap by half, `batch` of them at a time on the
-    device of `net`. A triangle weighs the masks of two windows where they overlap. Silence is
-    put around the song, so its ends do not fade. The memory that is needed does not grow with the
-    song, but for the result. ValueError if the wave has another form.
+def check_song(wave):
+    if wave.dim() not in (1, 2, 3) or 0 in wave.shape or not wave.is_floating_point():
+        raise ValueError("a song is (samples,), (channels, samples) or (songs, channels, samples) "
+                         f"in floating point, -1 to 1, got {tuple(wave.shape)} in {wave.dtype}")
+
+
+def resample(wave, rate, to):
+    """(..., N) at `rate` Hz -> (..., ceil(N to / rate)) at `to` Hz, as prepared data is."""
+    if rate == to:
+        return wave
+    import audio  # here: songs at 16 kHz do without PyAV
+    return torch.from_numpy(audio.resample(wave.float().cpu().numpy(), rate, to))
+
+
+@torch.no_grad()
+def separate(net, wave, rate=SAMPLE_RATE, batch=4):
+    """Songs of any length at `rate` Hz -> their sources, float32 on the CPU.
+
+    (N,) -> (S, N); (C, N) -> (S, C, N); (B, C, N) -> (B, S, C, N). The masks are those of the mean
+    over the channels at 16 kHz, and are applied to each channel. So no source has what lies above
+    8 kHz. `batch` windows run at a time on the device of `net`, and the memory that is needed does
+    not grow with the song, but for the result. ValueError if the wave has another form.
     """
-    if wave.dim() == 2 and len(wave) == 1:
-        wave = wave[0]                                              # (N,)
-    check_wave(wave[None])
-    n, half = len(wave), FRAMES // 2
+    check_song(wave)
+    if wave.dim() == 3:
+        return torch.stack([separate(net, song, rate, batch) for song in wave])
+    n = wave.shape[-1]
+    stems = in_windows(net, resample(wave.reshape(-1, n), rate, SAMPLE_RATE), batch)
+    stems = resample(stems, SAMPLE_RATE, rate)[..., :n]             # (S, C, N)
+    return stems if wave.dim() == 2 else stems[:, 0]
+
+
+def in_windows(net, wave, batch):
+    """(C, N) at 16 kHz -> (S, C, N): windows of 384 frames that overlap by half.
+
+    A triangle weighs the masks of two windows where they overlap. Silence is put around the song,
+    so its ends do not fade.
+    """
+    channels, n = wave.shape
+    half = FRAMES // 2
     step = half * HOP                                               # from window to window
     windows = max(1, math.ceil((n + 2 * EDGE - CROP) / step) + 1)
     device = next(net.parameters()).device
     rise = torch.arange(1, half + 1, device=device)[:, None] / (half + 1)   # (192, 1)
     fall = rise.flip(0)                                             # rise + fall = 1
-    stems = torch.zeros(len(net.sources), CROP + (windows - 1) * step)
+    stems = torch.zeros(len(net.sources), channels, CROP + (windows - 1) * step)
 
     for first in range(0, windows, batch):
         count = min(batch, windows - first)
         start = first * step - EDGE
         stop = start + CROP + (count - 1) * step
-        some = F.pad(wave[max(0, start):stop], (max(0, -start), max(0, stop - n)))
-        spec = stft(some[None].to(device))                          # (1, 192 (K + 1), 257)
-        windowed = spec[0].unfold(0, FRAMES, half).transpose(1, 2)  # (K, 384, 257)
+        some = F.pad(wave[:, max(0, start):stop], (max(0, -start), max(0, stop - n)))
+        spec = stft(some.to(device))                                # (C, 192 (K + 1), 257)
+        windowed = spec.mean(0).unfold(0, FRAMES, half).transpose(1, 2)     # (K, 384, 257)
         masks = net.masks(windowed)                                 # (K, S, 384, 256)
 
         # each half window of frames has two masks: the second half of one window, and the first
@@ -253,9 +284,34 @@ def separate(net, wave, batch=4):
         joined = joined.transpose(0, 1).flatten(1, 2)               # (S, T, 256)
 
         # the last 352 samples of a piece and the first ones of the next add up
-        piece = net.apply_masks(spec[:, :joined.shape[1]], joined[None])[0].cpu()
-        stems[:, first * step:first * step + piece.shape[1]] += piece
-    return stems[:, EDGE:EDGE + n]                                  # (S, N)
+        piece = net.apply_masks(spec[:, :joined.shape[1]], joined[None])    # (C, S, N')
+        at = first * step
+        stems[:, :, at:at + piece.shape[-1]] += piece.transpose(0, 1).cpu()
+    return stems[:, :, EDGE:EDGE + n]                               # (S, C, N)
+
+
+@torch.no_grad()
+def tag(net, wave, rate=SAMPLE_RATE, hop=0.0, batch=16):
+    """Songs of any length at `rate` Hz -> scores in [0, 1] on the CPU, of net's classes.
+
+    (N,) or (C, N) -> (classes,), the mean over crops that overlap by half, as eval.py has it. With
+    hop in seconds -> (K, classes): row k is the crop that begins at k hop, without what is left
+    over at the end. (B, C, N) gives (B, classes) or (B, K, classes). A song that is shorter than a
+    crop is padded with silence. ValueError if the wave or hop has another form.
+    """
+    check_song(wave)
+    if wave.dim() == 3:
+        return torch.stack([tag(net, song, rate, hop, batch) for song in wave])
+    step = round(hop * SAMPLE_RATE) if hop else net.frames // 2 * HOP
+    if step < 1:
+        raise ValueError(f"hop must be seconds above 0, or 0 for the whole song, got {hop}")
+    wave = resample(wave.reshape(-1, wave.shape[-1]).mean(0), rate, SAMPLE_RATE)        # (N,)
+    wave = F.pad(wave, (0, max(0, net.crop - len(wave))))
+    device = next(net.parameters()).device
+    crops = wave.unfold(0, net.crop, step).split(batch)             # views (<= batch, 61792)
+    logits = torch.cat([net.crop_logits(part.to(device)) for part in crops])            # (K, cl.)
+    scores = torch.sigmoid(logits) if net.multilabel else torch.softmax(logits, -1)
+    return scores.cpu() if hop else scores.mean(0).cpu()
 
 
 # -----------------------------------------------------------------------------
@@ -420,38 +476,10 @@ def _load_ours(path):
     return net, saved
 
 
-# the names of TensorFlow's variables, and ours
-DENSE = {"kernel": "weight", "bias": "bias"}
-NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
-        "moving_variance": "running_var"}
-
-
-def weighted_layers(net):
-    """Modules with weights, in the order of definition: the authors' Keras layer order."""
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.BatchNorm1d, nn.Linear)
-    return [m for m in net.modules() if isinstance(m, kinds)]
-
-
 def _load_tensorflow(prefix):
     kind, args = tf_checkpoint.architecture(tf_checkpoint.read_index(prefix), prefix)
     net = KINDS[kind](**args)
-    modules, layers = weighted_layers(net), tf_checkpoint.read(prefix)
-    if len(layers) != len(modules):
-        raise ValueError(f"{prefix} has {len(layers)} layers instead of {len(modules)}")
-    first_dense = net.tail.dense if kind == "classifier" else None
-    for n, (module, layer) in enumerate(zip(modules, layers, strict=True)):
-        names = NORM if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) else DENSE
-        if layer.keys() != names.keys():
-            raise ValueError(f"{prefix}: layer {n} has {', '.join(sorted(layer))}, expected "
-                             f"{', '.join(sorted(names))}")
-        for key, value in layer.items():
-            value, ours = torch.from_numpy(value), getattr(module, names[key])
-            if key == "kernel":
-                value = _our_kernel(value, flattened=module is first_dense)
-            if ours.shape != value.shape:
-                raise ValueError(f"{prefix}: layer {n} {key} is {tuple(value.shape)}, expected "
-                                 f"{tuple(ours.shape)}")
-            ours.data.copy_(value)
+    tf_checkpoint.copy_into(net, prefix)
     return net, {"kind": kind, "args": net.args, "classes": None, "step": None, "config": {},
                  "source": "tensorflow", "as_published": as_published(net)}
 
@@ -462,13 +490,3 @@ def as_published(net):
     if net.args.get("mel_of_log"):
         found.append("mel filters on the logarithm of the mixture")
     return ", ".join(found)
-
-
-def _our_kernel(value, flattened):
-    """A kernel in PyTorch's layout. `flattened`: it follows Keras' flatten layer."""
-    if value.dim() == 4:
-        return value.permute(3, 2, 0, 1)        # (h, w, in, out) -> (out, in, h, w)
-    if flattened and len(value) % 2 == 0:
-        value = value.view(2, 1, -1, value.shape[1])    # Keras flattens (time, mel, channel)
-        return value.permute(3, 2, 0, 1).flatten(1)     # ours is (channel, time, mel)
-    return value.T

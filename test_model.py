@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import audio
 import model
 
 ROOT = Path(__file__).resolve().parent
@@ -139,7 +140,8 @@ def test_a_song_in_windows_equals_the_song_at_once(net, n):
     with torch.no_grad():
         whole = plain_separate(net, wave)
     for batch in (1, 4):
-        torch.testing.assert_close(model.separate(net, wave, batch), whole, atol=1e-6, rtol=0)
+        found = model.separate(net, wave, batch=batch)
+        torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
 
 
 def test_calling_the_network_separates_too(net):
@@ -160,6 +162,87 @@ def test_a_wave_of_another_form_is_refused(net):
     for bad in (noise(3, 4, 5), noise(3, 5).int(), noise(2, 0)):
         with pytest.raises(ValueError, match="batch, samples"):
             net(bad)
+
+
+# -----------------------------------------------------------------------------
+# whole songs at their own rate, with their own channels
+
+def test_the_mask_of_the_mean_is_applied_to_each_channel(net):
+    left = noise(100_000)
+    stems = model.separate(net, torch.stack([left, torch.zeros(100_000)]))      # (2, 2, N)
+    whole = plain_separate(net, left)                                           # (2, N)
+    assert stems.shape == (2, 2, 100_000) and not stems[:, 1].any()
+    halved = plain_separate(net, left / 2)
+    torch.testing.assert_close(stems[:, 0], 2 * halved, atol=1e-6, rtol=0)
+    both = model.separate(net, torch.stack([left, left]))
+    torch.testing.assert_close(both, whole[:, None].expand(-1, 2, -1), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 44101, 192000])
+def test_masks_of_one_give_back_what_is_below_8_khz_at_any_rate(rate):
+    net = model.Separator(["vocals"], NARROW).eval()
+    net.masks = lambda spec: torch.ones(len(spec), 1, 384, 256)
+    time = torch.arange(5 * rate, dtype=torch.float64) / rate
+    low, high = (torch.sin(2 * torch.pi * hertz * time) for hertz in (440.0, 12_000.0))
+    wave = torch.stack([low, 0.5 * low + (high if rate > 24_000 else 0)]).float() / 4
+    (stem,) = model.separate(net, wave, rate)
+    assert stem.shape == wave.shape
+    inner = slice(rate // 10, -rate // 10)      # a tone that begins at once has all frequencies
+    want = torch.stack([low, 0.5 * low]).float() / 4
+    torch.testing.assert_close(stem[:, inner], want[:, inner], atol=2e-5, rtol=0)
+
+
+def test_a_song_that_begins_a_window_later_is_separated_the_same(net):
+    step = model.FRAMES // 2 * model.HOP * 441 // 160           # 84,672 samples at 44.1 kHz
+    wave = noise(2, 4 * step)
+    early = model.separate(net, wave, 44100)
+    late = model.separate(net, torch.nn.functional.pad(wave, (step, 0)), 44100)
+    inner = slice(2 * step, 3 * step)
+    shifted = late[..., 3 * step:4 * step]
+    torch.testing.assert_close(shifted, early[..., inner], atol=1e-5, rtol=0)
+
+
+def test_a_batch_of_songs_equals_them_one_by_one(net):
+    songs = noise(2, 2, 50_000)
+    apart = torch.stack([model.separate(net, song, 22050) for song in songs])
+    assert torch.equal(model.separate(net, songs, 22050), apart)
+    tagger = model.Classifier(3, True, "tail", tail_widths=[4] * 7).eval()
+    apart = torch.stack([model.tag(tagger, song, 22050) for song in songs])
+    assert torch.equal(model.tag(tagger, songs, 22050), apart)
+
+
+@pytest.mark.parametrize("multilabel", [True, False])
+def test_tags_of_a_song_are_those_of_the_network(multilabel):
+    tagger = model.Classifier(3, multilabel, "tail", tail_widths=[4] * 7).eval()
+    song = noise(20 * 16000)
+    with torch.no_grad():
+        logits = tagger(song[None])[0]
+        second = tagger(song[None, 8000:8000 + model.CROP])[0]
+    scores = logits.sigmoid() if multilabel else logits.softmax(0)
+    torch.testing.assert_close(model.tag(tagger, song), scores, atol=1e-6, rtol=0)
+    along = model.tag(tagger, song, hop=0.25)
+    assert len(along) == (len(song) - model.CROP) // 4000 + 1
+    want = second.sigmoid() if multilabel else second.softmax(0)
+    torch.testing.assert_close(along[2], want, atol=1e-6, rtol=0)
+    assert model.tag(tagger, song[:100]).shape == (3,)          # padded with silence
+
+
+def test_tags_are_resampled_as_prepared_data_is():
+    tagger = model.Classifier(3, True, "tail", tail_widths=[4] * 7).eval()
+    song = noise(2, 10 * 44100)
+    at_16k = torch.from_numpy(audio.resample(song.mean(0).numpy(), 44100, 16000))
+    found = model.tag(tagger, song, 44100)
+    torch.testing.assert_close(found, model.tag(tagger, at_16k), atol=1e-6, rtol=0)
+
+
+def test_songs_of_another_form_are_refused(net):
+    for bad in (noise(1, 1, 1, 9), noise(3, 5).int(), noise(2, 0)):
+        with pytest.raises(ValueError, match="a song is"):
+            model.separate(net, bad)
+        with pytest.raises(ValueError, match="a song is"):
+            model.tag(net, bad)
+    with pytest.raises(ValueError, match="hop must be"):
+        model.tag(net, noise(9), hop=-1.0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")

@@ -15,6 +15,8 @@ import os
 import re
 
 import numpy as np
+import torch
+import torch.nn as nn
 
 MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER = 48                         # bytes at the end of an index: two handles, padding, MAGIC
@@ -267,6 +269,52 @@ def _variant(has_unet, widths, adapters):
     if widths[1] == 2 * widths[0]:                  # only v1 widens at the second block
         return "v1"
     return "v3" if adapters else "v3_concat"
+
+
+# -----------------------------------------------------------------------------
+# into a network of ours
+
+# the names of TensorFlow's variables, and ours
+DENSE = {"kernel": "weight", "bias": "bias"}
+NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
+        "moving_variance": "running_var"}
+
+
+def weighted_layers(net):
+    """Modules with weights, in the order of definition: the authors' Keras layer order."""
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.BatchNorm1d, nn.Linear)
+    return [m for m in net.modules() if isinstance(m, kinds)]
+
+
+def copy_into(net, prefix):
+    """Copies the weights of a checkpoint into a network of its architecture; else ValueError."""
+    modules, layers = weighted_layers(net), read(prefix)
+    if len(layers) != len(modules):
+        raise ValueError(f"{prefix} has {len(layers)} layers instead of {len(modules)}")
+    first_dense = next((m for m in modules if isinstance(m, nn.Linear)), None)
+    for n, (module, layer) in enumerate(zip(modules, layers, strict=True)):
+        names = NORM if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) else DENSE
+        if layer.keys() != names.keys():
+            raise ValueError(f"{prefix}: layer {n} has {', '.join(sorted(layer))}, expected "
+                             f"{', '.join(sorted(names))}")
+        for key, value in layer.items():
+            value, ours = torch.from_numpy(value), getattr(module, names[key])
+            if key == "kernel":
+                value = _our_kernel(value, flattened=module is first_dense)
+            if ours.shape != value.shape:
+                raise ValueError(f"{prefix}: layer {n} {key} is {tuple(value.shape)}, expected "
+                                 f"{tuple(ours.shape)}")
+            ours.data.copy_(value)
+
+
+def _our_kernel(value, flattened):
+    """A kernel in PyTorch's layout. `flattened`: it follows Keras' flatten layer."""
+    if value.dim() == 4:
+        return value.permute(3, 2, 0, 1)        # (h, w, in, out) -> (out, in, h, w)
+    if flattened and len(value) % 2 == 0:
+        value = value.view(2, 1, -1, value.shape[1])    # Keras flattens (time, mel, channel)
+        return value.permute(3, 2, 0, 1).flatten(1)     # ours is (channel, time, mel)
+    return value.T
 
 
 # -----------------------------------------------------------------------------

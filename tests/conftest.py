@@ -19,8 +19,8 @@ import soundfile as sf
 import torch
 
 import download
-import model
 import prepare_data
+import tf_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -308,7 +308,7 @@ def varint(n):
 def keras_tensors(net):
     """{(layer number, name): array} of a network under Keras' names and in its layouts."""
     found = {}
-    for n, m in enumerate(model.weighted_layers(net)):
+    for n, m in enumerate(tf_checkpoint.weighted_layers(net)):
         w = m.weight.detach().numpy()
         if w.ndim == 1:
             found |= {(n, "gamma"): w, (n, "beta"): m.bias, (n, "moving_mean"): m.running_mean,

@@ -56,7 +56,7 @@ def test_real_index_files_are_understood(name, kind, variant):
     found, args = tf_checkpoint.architecture(index)
     assert (found, args.get("variant")) == (kind, variant)
     net = model.KINDS[found](**args)
-    for module, layer in zip(model.weighted_layers(net), index, strict=True):
+    for module, layer in zip(tf_checkpoint.weighted_layers(net), index, strict=True):
         entry = layer.get("kernel", layer.get("gamma"))
         assert module.weight.numel() == math.prod(entry["shape"])
 

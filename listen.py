@@ -1,0 +1,325 @@
+"""
+Listens to songs: their sources as sound files, their tags as tables.
+
+    python listen.py song.mp3                       # the authors' own networks, fetched once
+    python listen.py song.mp3 FOLDER --separator=ckpt/vocals.pt --tagger=ckpt/mtat.pt
+    python listen.py song.mp3 --tagger=ckpt/mtat.pt,ckpt/fma.pt     # tags only, of two networks
+    python listen.py song.mp3 --separator=released:multisource --format=flac
+
+Any file that FFmpeg reads, of any rate, channels and length. Writes to listened/SONG/:
+vocals.wav and so on at the song's own rate and channels; accompaniment.wav, which is the song
+without vocals; remainder.wav, what no source has; and per tagger a .json and a .csv of the tags
+along time. Sources and remainder add up to the song. What is finished is skipped, so the same
+command goes on after a stop.
+"""
+import contextlib
+import csv
+import json
+import math
+import os
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import audio
+import eval
+import model
+import runtime
+import training
+from model import SAMPLE_RATE
+from prepare.files import is_audio
+from runtime import die
+
+# -----------------------------------------------------------------------------
+# settings
+separator = ""          # checkpoint; without separator and tagger: released:vocals ...
+tagger = [""]           # checkpoints, with commas between; ... and released:mtat_vocals
+out = "listened"        # folder to write to
+format = "wav"          # of the sources: wav, flac, mp3, opus
+hop = 0.0               # seconds from one row of the tags to the next; 0: half a crop
+overwrite = False       # replace what is there
+device = ""             # cpu, cuda, mps; empty: cuda if there is one
+# -----------------------------------------------------------------------------
+
+STEP = model.FRAMES // 2 * model.HOP    # 30,720 samples at 16 kHz, from window to window
+PIECE = 25 * STEP // SAMPLE_RATE        # 48 s: windows begin at whole samples of any rate
+MOST = 1 << 24                          # samples of a piece, all channels
+
+
+# -----------------------------------------------------------------------------
+# a song in pieces, so that the memory does not grow with it
+
+def pieces(blocks, length, left, right):
+    """Cuts blocks (C, n) into pieces of `length` samples, with what stands around them.
+
+    Yields (samples, at, begin): samples (C, n) begin at sample `at` of the song, and the piece
+    at sample `begin`. They have up to `left` samples in front and `right` behind it.
+    """
+    blocks, kept, at, begin = iter(blocks), [], 0, 0
+    while True:
+        held = sum(block.shape[1] for block in kept)
+        while held < begin - at + length + right and (block := next(blocks, None)) is not None:
+            kept.append(block)
+            held += block.shape[1]
+        if held <= begin - at:
+            return
+        samples = np.concatenate(kept, 1)
+        yield samples[:, :begin - at + length + right], at, begin
+        begin += length
+        drop = max(0, begin - left - at)
+        kept, at = [samples[:, drop:]], at + drop
+
+
+def sizes(rate, channels, taggers):
+    """(samples of a piece, in front of it, behind it) at a rate.
+
+    Masks and tags reach a few windows to either side. All three are whole samples, whole steps
+    of windows and whole units of the resampling, so that pieces give what the whole song gives.
+    """
+    second = rate * PIECE
+    steps = max([4] + [math.ceil(net.crop / STEP) + 1 for net, _ in taggers.values()])
+    around = 2, steps
+    if rate % 25:       # only whole pieces are whole samples at such a rate
+        around = 25, 25 * math.ceil(steps / 25)
+    length = second * min(4, max(1, MOST // (second * channels)))
+    return length, *(count * STEP * rate // SAMPLE_RATE for count in around)
+
+
+def tag_rows(net, wave, at, begin, length):
+    """Scores (K, classes) of the crops that begin in wave[begin - at:begin - at + length].
+
+    wave: (N,) at 16 kHz, from sample `at` of the song on.
+    """
+    step = round(hop * SAMPLE_RATE) or net.frames // 2 * model.HOP
+    if begin == 0:
+        wave = np.pad(wave, (0, max(0, net.crop - len(wave))))      # of a very short song
+    first, end = -(-begin // step), -(-(begin + length) // step)
+    end = min(end, (at + len(wave) - net.crop) // step + 1)
+    if end <= first:
+        return torch.zeros(0, net.args["n_classes"])
+    some = wave[first * step - at:(end - 1) * step - at + net.crop]
+    return model.tag(net, torch.from_numpy(some), hop=step / SAMPLE_RATE)
+
+
+def listen(song, separator, taggers, writers, bar, stop):
+    """({tagger: scores (K, classes)}, samples, notes) of a song; its sources go to the writers."""
+    scores, beyond, n = {name: [] for name in taggers}, 0, 0
+    length, left, right = sizes(song.rate, song.channels, taggers)
+    for samples, at, begin in pieces(song, length, left, right):
+        if stop.asked:
+            die("stopped; the same command goes on with this song")
+        if not np.isfinite(samples).all():
+            raise audio.Broken("holds samples that are not numbers")
+        mine = slice(begin - at, begin - at + length)
+        whole = samples[:, mine]
+        beyond += int((np.abs(whole) > 1).sum())
+        n += whole.shape[1]
+
+        if separator:
+            stems = model.separate(separator, torch.from_numpy(samples), song.rate)
+            stems = audio.to_int16(stems[:, :, mine].numpy())       # (S, C, n)
+            write_sources(separator.sources, stems, audio.to_int16(whole), writers)
+        if taggers:
+            wave = audio.resample(samples.mean(0), song.rate, SAMPLE_RATE)
+            where = [x * SAMPLE_RATE // song.rate for x in (at, begin, length)]
+            for name, (net, _) in taggers.items():
+                scores[name].append(tag_rows(net, wave, *where))
+        bar.update(whole.shape[1] / song.rate)
+    notes = [*song.damage]
+    if beyond:
+        share = 100 * beyond / (n * song.channels)
+        notes.append(f"{share:.2g} % of its samples are beyond full scale, and are clipped")
+    return {name: torch.cat(rows).numpy() for name, rows in scores.items()}, n, notes
+
+
+def write_sources(sources, stems, whole, writers):
+    """Sources (S, C, n), and what is left of the song (C, n), in int16."""
+    for source, stem in zip(sources, stems, strict=True):
+        writers[source](stem)
+    rest = {"remainder": stems}
+    if "vocals" in sources:
+        vocals = sources.index("vocals")
+        rest["accompaniment"] = stems[vocals:vocals + 1]
+    for name, taken in rest.items():
+        if name in writers:
+            # where sources were clipped, this may be beyond what 16 bits hold
+            left = whole.astype(np.int32) - taken.sum(0, dtype=np.int32)
+            writers[name](np.clip(left, -32768, 32767).astype("<i2"))
+
+
+def names_of_stems(separator):
+    """The files of a separator. With vocals alone, what is left is the accompaniment."""
+    if separator is None:
+        return []
+    if separator.sources == ["vocals"]:
+        return ["vocals", "accompaniment"]
+    more = ["accompaniment"] if "vocals" in separator.sources else []
+    return [*separator.sources, *more, "remainder"]
+
+
+# -----------------------------------------------------------------------------
+# tables
+
+def rows_of(net, classes, scores):
+    """[{start, end, tags: [{tag, score}]}] of scores (K, classes), the highest first; seconds."""
+    step = hop or net.frames // 2 * model.HOP / SAMPLE_RATE
+    rows = []
+    for k, row in enumerate(scores):
+        order = np.argsort(-row, kind="stable")
+        tags = [{"tag": classes[i], "score": round(float(row[i]), 4)} for i in order]
+        start = round(k * step, 3)
+        rows.append({"start": start, "end": round(start + net.crop / SAMPLE_RATE, 3), "tags": tags})
+    return rows
+
+
+def write_tags(base, net, classes, scores):
+    """The tags along time as BASE.json and BASE.csv."""
+    rows = rows_of(net, classes, scores)
+    runtime.write_atomically(json.dumps(rows), f"{base}.json")
+    with runtime.atomic(f"{base}.csv", "w", encoding="utf-8", newline="") as f:
+        lines = csv.writer(f)
+        lines.writerow(["start", "end", *classes])
+        for row, values in zip(rows, scores, strict=True):
+            lines.writerow([row["start"], row["end"], *(f"{value:.4f}" for value in values)])
+
+
+# -----------------------------------------------------------------------------
+# files
+
+def find_songs(paths):
+    """{folder to write to: file} of files, and of all audio in folders but what was written."""
+    found, written = {}, os.path.realpath(out)
+    for path in paths:
+        files = [path]
+        if os.path.isdir(path):
+            files = []
+            for folder, folders, names in os.walk(path):
+                inside = os.path.realpath(folder)
+                if inside == written or inside.startswith(written + os.sep):
+                    folders.clear()
+                    continue
+                folders.sort()
+                files += [os.path.join(folder, name) for name in sorted(names) if is_audio(name)]
+            if not files:
+                die(f"{path} holds no audio")
+        root = path if os.path.isdir(path) else os.path.dirname(path)
+        for file in files:
+            target = os.path.join(out, os.path.splitext(os.path.relpath(file, root or "."))[0])
+            if os.path.realpath(found.setdefault(target, file)) != os.path.realpath(file):
+                die(f"{found[target]} and {file} would both be written to {target}: give one of "
+                    "them another --out")
+    return found
+
+
+def is_done(marker, made_with):
+    """Whether a song is finished. Ends the script if it was made in another way."""
+    folder = os.path.dirname(marker)
+    if not os.path.exists(marker):
+        if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
+            die(f"{folder} exists, and this script has not made it: --overwrite=True writes into "
+                "it, --out=FOLDER elsewhere")
+        return False
+    with open(marker, encoding="utf-8") as f:
+        try:
+            then = json.load(f)
+            same = then["made_with"] == made_with
+        except (ValueError, TypeError, KeyError):
+            die(f"{marker} is damaged: delete {folder}, and the song is listened to again")
+    if not same and not overwrite:
+        die(f"{folder} was made from another file or with other settings: --overwrite=True "
+            "replaces it, --out=FOLDER writes elsewhere")
+    return same and then["finished"]
+
+
+def listen_to(file, folder, separator, taggers, made_with, stop):
+    """Writes all that is to be known of one song into its folder."""
+    marker = os.path.join(folder, "listen.json")
+    with contextlib.ExitStack() as stack:
+        song = stack.enter_context(audio.Blocks(file))
+        # before anything is written: a song that was begun is ours, and may be written again
+        os.makedirs(folder, exist_ok=True)
+        told = {"song": os.path.abspath(file), "made_with": made_with, "finished": False}
+        runtime.write_atomically(json.dumps(told, indent=1), marker)
+
+        writers = {}
+        for name in names_of_stems(separator):
+            path = os.path.join(folder, f"{name}.{format}")
+            f = stack.enter_context(runtime.atomic(path, "wb"))
+            writers[name] = stack.enter_context(
+                audio.writer(f, format, song.rate, song.channels))
+        total = round(song.declared) or None
+        bar = stack.enter_context(tqdm(total=total, desc=os.path.basename(file), unit=" s",
+                                       bar_format=None if total else "{desc}: {n:.0f} s"))
+        scores, n, notes = listen(song, separator, taggers, writers, bar, stop)
+
+    told |= {"seconds": n / song.rate, "rate": song.rate, "channels": song.channels,
+             "notes": notes, "tags": {}}
+    for note in notes:
+        print(f"note: {file}: {note}")
+    for name, rows in scores.items():
+        net, classes = taggers[name]
+        write_tags(os.path.join(folder, name), net, classes, rows)
+        mean = rows.mean(0)
+        best = np.argsort(-mean, kind="stable")
+        told["tags"][name] = {classes[i]: round(float(mean[i]), 4) for i in best}
+        print(f"{name}:\n" + "\n".join(f"  {classes[i]:24}{mean[i]:.3f}" for i in best[:10]))
+    told["finished"] = True
+    runtime.write_atomically(json.dumps(told, indent=1), marker)
+    print(f"{file}: {runtime.clock(told['seconds'])}, {song.rate} Hz, {song.channels} "
+          f"{'channel' if song.channels == 1 else 'channels'} -> {folder}")
+
+
+def load(path, kind, on):
+    """(network, meta) of a checkpoint of a kind."""
+    net, meta = model.load(path, on)
+    if meta["kind"] != kind:
+        die(f"{path} is a {meta['kind']}, not a {kind}")
+    if meta.get("as_published"):
+        print(f"{path}: published weights, trained with {meta['as_published']}")
+    return net, meta
+
+
+def main():
+    config, paths = runtime.configure(globals(), configs=False)
+    runtime.check_numbers(config | {"seed": 0})
+    runtime.choose("format", format, list(audio.WRITTEN))
+    if hop and hop < 1 / SAMPLE_RATE:
+        die(f"hop must be seconds above 0, or 0 for half a crop, got {hop}")
+    if not paths:
+        die("name one or more songs or folders: python listen.py song.mp3")
+    songs = find_songs(paths)
+
+    # the networks: those that are named, or both of the authors'
+    chosen, heard = separator, [path for path in tagger if path]
+    if not chosen and not heard:
+        chosen, heard = "released:vocals", ["released:mtat_vocals"]
+    on, *_ = runtime.start(device)
+    net = load(chosen, "separator", on)[0] if chosen else None
+    taggers = {}
+    for path in heard:
+        other, meta = load(path, "classifier", on)
+        classes = meta["classes"] or [f"class {i}" for i in range(other.args["n_classes"])]
+        if taggers.setdefault(eval.run_name(path), (other, classes))[0] is not other:
+            die(f"two taggers are called {eval.run_name(path)}: listen with one after the other")
+
+    stop, failed = runtime.Stop(), 0
+    hashes = {path: training.fingerprint(path) for path in [chosen, *heard] if path}
+    for folder, file in songs.items():
+        made_with = {"networks": hashes, "format": format, "hop": hop,
+                     "bytes": os.path.getsize(file)}
+        if is_done(os.path.join(folder, "listen.json"), made_with):
+            print(f"{file}: is finished, in {folder}")
+            continue
+        try:
+            listen_to(file, folder, net, taggers, made_with, stop)
+        except ValueError as e:     # one song must not stop the others
+            print(f"error: {file}: {e}")
+            failed += 1
+    if failed:
+        die(f"{failed} of {len(songs)} songs failed, as said above")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.script(main)

@@ -1,0 +1,221 @@
+"""
+Songs in, sources and tags out; the networks through torch.hub.
+
+    python -m pytest -q tests/test_listen.py
+"""
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from conftest import NARROW, ROOT, TAIL, noise, randomise, run
+
+import audio
+import listen
+import model
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    """{name: path} of a separator of vocals, one of two sources, a tagger and a genre network."""
+    made = {
+        "vocals": model.Separator(["vocals"], NARROW),
+        "two": model.Separator(["vocals", "drums"], NARROW),
+        "tags": model.Classifier(3, True, "tail", tail_widths=TAIL),
+        "genre": model.Classifier(2, False, "v1", 5, ["a"], NARROW, tail_widths=TAIL),
+    }
+    folder, paths = tmp_path_factory.mktemp("nets"), {}
+    for name, net in made.items():
+        kind = "classifier" if isinstance(net, model.Classifier) else "separator"
+        classes = [f"{name} {i}" for i in range(net.args.get("n_classes", 0))]
+        torch.save({"kind": kind, "args": net.args, "model": randomise(net).state_dict(),
+                    "step": 9, "config": {}, "classes": classes}, folder / f"{name}.pt")
+        paths[name] = folder / f"{name}.pt"
+    return paths
+
+
+def song_at(path, seconds=6.0, rate=44100, channels=2, seed=0, **options):
+    wave = 0.1 * np.random.default_rng(seed).standard_normal((int(seconds * rate), channels))
+    sf.write(path, wave, rate, **options)
+    return path
+
+
+def int16(path):
+    return sf.read(path, dtype="int16", always_2d=True)[0].astype(int)
+
+
+def test_one_command_gives_sources_and_tags(nets, tmp_path):
+    song, out = song_at(tmp_path / "a song.wav"), tmp_path / "out"
+    args = [song, f"--separator={nets['vocals']}", f"--tagger={nets['tags']},{nets['genre']}",
+            f"--out={out}"]
+    said = run("listen.py", *args)
+    assert "tags 0" in said and "genre 1" in said
+    folder = out / "a song"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "accompaniment.wav", "genre.csv", "genre.json", "listen.json", "tags.csv", "tags.json",
+        "vocals.wav"]
+    assert sf.info(folder / "vocals.wav").samplerate == 44100
+    both = int16(folder / "vocals.wav") + int16(folder / "accompaniment.wav")
+    assert np.array_equal(both, int16(song)) and int16(folder / "vocals.wav").any()
+
+    rows = json.loads((folder / "tags.json").read_text())
+    assert [(row["start"], row["end"]) for row in rows] == [(0.0, 3.862), (1.92, 5.782)]
+    scores = [tag["score"] for tag in rows[0]["tags"]]
+    assert scores == sorted(scores, reverse=True) and len(scores) == 3
+    with open(folder / "tags.csv", newline="") as f:
+        head, *lines = csv.reader(f)
+    assert head == ["start", "end", "tags 0", "tags 1", "tags 2"] and len(lines) == 2
+    # the same as a program gets
+    net, _ = model.load(nets["tags"])
+    wave, rate, _ = audio.read(song)
+    want = model.tag(net, torch.from_numpy(wave), rate)
+    told = json.loads((folder / "listen.json").read_text())["tags"]["tags"]
+    assert [told[f"tags {i}"] for i in range(3)] == pytest.approx(want.tolist(), abs=1e-4)
+
+    # what is finished is left alone, and not replaced by something else unasked
+    before = (folder / "vocals.wav").stat().st_mtime_ns
+    assert "is finished" in run("listen.py", *args)
+    assert "other settings" in run("listen.py", *args, "--hop=1", ok=False)
+    assert (folder / "vocals.wav").stat().st_mtime_ns == before
+    run("listen.py", *args, "--hop=1", "--overwrite=True")
+    assert len(json.loads((folder / "tags.json").read_text())) == 3
+
+
+@pytest.mark.parametrize("rate, channels, kind", [
+    (8000, 1, "wav"), (16000, 2, "flac"), (192_000, 6, "flac"), (44_101, 1, "wav"),
+    (22_050, 2, "mp3"), (44_100, 2, "opus")])
+def test_sources_have_the_rate_and_channels_of_the_song(nets, tmp_path, rate, channels, kind):
+    song = song_at(tmp_path / "a.wav", 1.5, rate, channels)
+    run("listen.py", song, f"--separator={nets['two']}", f"--out={tmp_path}/o", f"--format={kind}")
+    folder = tmp_path / "o" / "a"
+    names = ["vocals", "drums", "accompaniment", "remainder"]
+    found = {}
+    for name in names:
+        wave, its_rate, damage = audio.read(folder / f"{name}.{kind}")
+        assert not damage and len(wave) / its_rate == pytest.approx(1.5, abs=0.02)
+        assert its_rate == (48000 if kind == "opus" else rate)
+        found[name] = wave
+    if kind in ("wav", "flac"):
+        parts = [int16(folder / f"{name}.{kind}") for name in ("vocals", "drums", "remainder")]
+        assert np.array_equal(sum(parts), int16(song))
+        both = int16(folder / f"vocals.{kind}") + int16(folder / f"accompaniment.{kind}")
+        assert np.array_equal(both, int16(song))
+
+
+@pytest.mark.parametrize("rate, seconds", [(8000, 125.3), (11_025, 100.0), (4001, 60.0)])
+def test_a_song_in_pieces_is_the_song_at_once(nets, tmp_path, rate, seconds, monkeypatch):
+    monkeypatch.setattr(listen, "MOST", 1)
+    separator, tagger = (model.load(nets[name])[0] for name in ("vocals", "tags"))
+    wave = noise(1, int(rate * seconds))
+    whole = model.separate(separator, wave, rate)
+    blocks = torch.split(wave, 7001, 1)
+    length, left, right = listen.sizes(rate, 1, {"tags": (tagger, [])})
+    parts, rows = [], []
+    for samples, at, begin in listen.pieces((b.numpy() for b in blocks), length, left, right):
+        stems = model.separate(separator, torch.from_numpy(samples), rate)
+        parts.append(stems[..., begin - at:begin - at + length])
+        at_16k = audio.resample(samples.mean(0), rate, 16000)
+        where = (x * 16000 // rate for x in (at, begin, length))
+        rows.append(listen.tag_rows(tagger, at_16k, *where))
+    assert len(parts) == -(-wave.shape[1] // length) > 1
+    torch.testing.assert_close(torch.cat(parts, -1), whole, atol=1e-5, rtol=0)
+    along = model.tag(tagger, wave, rate, hop=1.92)
+    torch.testing.assert_close(torch.cat(rows), along, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("hop", [0.3, 7.7, 60.0])
+def test_no_row_of_the_tags_is_lost_between_pieces(nets, hop, monkeypatch):
+    monkeypatch.setattr(listen, "hop", hop)
+    tagger = model.load(nets["tags"])[0]
+    wave = noise(130 * 16000)
+    length, left, right = 48 * 16000, 2 * listen.STEP, 5 * listen.STEP
+    rows = []
+    for samples, at, begin in listen.pieces([wave[None].numpy()], length, left, right):
+        rows.append(listen.tag_rows(tagger, samples[0], at, begin, length))
+    want = model.tag(tagger, wave, hop=hop)
+    torch.testing.assert_close(torch.cat(rows), want, atol=1e-5, rtol=0)
+
+
+def test_one_broken_song_does_not_stop_the_others(nets, tmp_path):
+    songs = tmp_path / "songs"
+    (songs / "sub").mkdir(parents=True)
+    (songs / "a.mp3").write_bytes(b"no sound" * 100)
+    (songs / "notes.txt").write_text("not audio")
+    song_at(songs / "sub" / "b.wav", 0.05, 16000, 1)
+    args = [songs, f"--tagger={nets['tags']}", f"--out={songs}/listened"]
+    assert "1 of 2 songs failed" in run("listen.py", *args, ok=False)
+    assert (songs / "listened" / "sub" / "b" / "tags.json").exists()
+    # what was written is not listened to again
+    (songs / "a.mp3").unlink()
+    assert "is finished" in run("listen.py", *args)
+
+
+def test_songs_that_would_write_to_one_folder_are_refused(nets, tmp_path):
+    song_at(tmp_path / "a.wav", 1)
+    song_at(tmp_path / "a.flac", 1)
+    said = run("listen.py", tmp_path, f"--tagger={nets['tags']}", f"--out={tmp_path}/o", ok=False)
+    assert "would both be written" in said and not (tmp_path / "o").exists()
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(nets, tmp_path):
+    song = song_at(tmp_path / "a.wav", 1)
+    mine = tmp_path / "o" / "a" / "vocals.wav"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    said = run("listen.py", song, f"--separator={nets['vocals']}", f"--out={tmp_path}/o", ok=False)
+    assert "has not made it" in said and mine.read_bytes() == b"mine"
+
+
+def test_wrong_settings_are_one_line(nets, tmp_path):
+    song = song_at(tmp_path / "a.wav", 1, channels=3)
+    base = [song, f"--out={tmp_path}/o"]
+    assert "name one or more songs" in run("listen.py", ok=False)
+    assert "not a separator" in run("listen.py", *base, f"--separator={nets['tags']}", ok=False)
+    assert "hop must be" in run("listen.py", *base, "--hop=-1", ok=False)
+    said = run("listen.py", tmp_path / "none.wav", f"--tagger={nets['tags']}", ok=False)
+    assert "none.wav" in said
+    run("listen.py", *base, f"--separator={nets['vocals']}", "--format=mp3", ok=False)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_a_stop_leaves_no_half_written_files(nets, tmp_path):
+    song = song_at(tmp_path / "long.wav", 1500, 8000, 1)
+    args = [sys.executable, "listen.py", str(song), f"--separator={nets['vocals']}",
+            f"--out={tmp_path}/o"]
+    process = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    folder = tmp_path / "o" / "long"
+    while not list(folder.glob("*.tmp")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    assert "goes on with this song" in process.communicate(timeout=120)[1]
+    assert [path.name for path in folder.iterdir()] == ["listen.json"]
+    # what was begun is not foreign
+    done = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    while not list(folder.glob("*.tmp")):
+        assert done.poll() is None
+        time.sleep(0.1)
+    done.send_signal(signal.SIGTERM)
+    assert "goes on with this song" in done.communicate(timeout=120)[1]
+
+
+# -----------------------------------------------------------------------------
+# torch.hub
+
+def test_hub_gives_networks_that_are_used_in_one_line(nets, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    wave = noise(2, 50_000)
+    separator = torch.hub.load(str(ROOT), "separator", str(nets["two"]), source="local")
+    assert separator.separate(wave, 22_050).shape == (2, 2, 50_000)
+    tagger = torch.hub.load(str(ROOT), "tagger", str(nets["genre"]), source="local")
+    assert tagger.classes == ["genre 0", "genre 1"]
+    assert tagger.tag(wave, 22_050).sum().item() == pytest.approx(1)
+    assert tagger.tag(wave[0], hop=0.5).shape == (1, 2)
+    with pytest.raises(ValueError, match="not a separator"):
+        torch.hub.load(str(ROOT), "separator", str(nets["genre"]), source="local")
