@@ -40,6 +40,7 @@ pictures = True         # draw them; report.py does so later
 bootstrap = 200         # resamples of the test clips for the 95 % interval; 0: no interval
 seed = 1                # of the bootstrap
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
+dtype = "float32"       # float32, bfloat16, float16: of the convolutions only
 # -----------------------------------------------------------------------------
 
 EXCERPT = 8 * SAMPLE_RATE           # what the picture of a separator shows
@@ -291,6 +292,7 @@ def main():
     config, patterns = runtime.configure(globals(), configs=False)
     runtime.check_numbers(config)
     runtime.choose("split", split, SPLITS)
+    runtime.choose("dtype", dtype, runtime.AMP_DTYPES)
     runtime.at_least(0, bootstrap=bootstrap)
     if not patterns:
         die("name one or more checkpoints: python eval.py ckpt/vocals.pt")
@@ -302,6 +304,7 @@ def main():
     results = {}
     for path in paths:
         net, meta = model.load(path, on)
+        net.amp_dtype = runtime.AMP_DTYPES[dtype]
         if meta.get("as_published"):
             print(f"{path}: published weights, trained with {meta['as_published']}")
         if meta["kind"] == "separator":
@@ -323,7 +326,7 @@ def main():
             with runtime.atomic(f"{target}.npz", "wb") as f:
                 np.savez_compressed(f, **scored)
         result = {"checkpoint": path, "step": meta["step"], "commit": meta.get("commit"),
-                  "config": meta["config"], "data": prepared.path, "split": split,
+                  "config": meta["config"], "data": prepared.path, "split": split, "dtype": dtype,
                   "trained_on": prepared.trained_on(), "tested_on": prepared.hash_of(split),
                   **result}
         write_atomically(json.dumps(result, indent=1), f"{target}.json")

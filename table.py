@@ -50,6 +50,7 @@ folds = [-1]            # of a cross-validation; -1: the prepared split
 seeds = [1, 2, 3, 4, 5]
 baselines = ["scratch", "tail"]     # rows that the others are compared with
 jobs = 1                # runs at a time; 0: only the table of what is finished
+test_dtype = "float32"  # eval.py's dtype, for all runs
 print = False           # print the commands that are left, one line per run, and run nothing
 bootstrap = 1000        # resamples for the intervals
 seed = 1                # of the resamples
@@ -144,6 +145,8 @@ def commands(job):
     train = [job.script, *job.arguments, f"--out={path}", *how]
     test = ["eval.py", path, f"--data={settings_of(job)['data']}",
             f"--out={os.path.dirname(path)}", "--pictures=False", "--overwrite=True"]
+    if test_dtype != "float32":
+        test.append(f"--dtype={test_dtype}")
     return train, test
 
 
@@ -163,6 +166,8 @@ def finished(job):
     then = runtime.defaults(os.path.join(HERE, job.script)) | result["config"]
     now = settings_of(job)
     wrong = other_settings(then, now) or other_contents(then, now, kind, result.get("tested_on"))
+    if result.get("dtype", "float32") != test_dtype:
+        wrong = f"tested in {result.get('dtype', 'float32')}, now {test_dtype}"
     if wrong:
         die(f"{path} was made with other settings ({wrong}): delete the files of that run, and it "
             "is made again; or choose another --out")
@@ -399,6 +404,7 @@ def check_settings(config):
         die("a table needs rows and tasks: name a config file, such as config/table_v1.py")
     runtime.check_numbers(config)
     runtime.at_least(0, jobs=jobs)
+    runtime.choose("test_dtype", test_dtype, runtime.AMP_DTYPES)
     runtime.at_least(1, bootstrap=bootstrap)
     runtime.at_least(-1, **{f"folds ({fold})": fold for fold in folds})
     for key, values in (("seeds", seeds), ("folds", folds)):

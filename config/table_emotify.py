@@ -32,3 +32,4 @@ labels = {1.0: "", 0.25: "--epochs=24"}
 folds = [0, 1, 2, 3]
 seeds = [1, 2]
 jobs = 2    # of one thread each on two cores
+test_dtype = "bfloat16"     # as the runs were trained and validated
