@@ -453,15 +453,15 @@ def to_int16(wave):
 WRITTEN = {"wav": ("wav", "pcm_s16le"), "flac": ("flac", "flac"), "mp3": ("mp3", "libmp3lame"),
            "opus": ("opus", "libopus")}
 LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")  # of 1 to 8 channels
-BITS = 96_000                       # per second and channel of mp3 and opus
+BITS = 96_000                       # a second and channel of mp3 and opus
 
 
 @contextlib.contextmanager
-def writer(f, kind, rate, channels):
+def writer(f, kind, rate, channels, bits=BITS):
     """A function that writes blocks of int16 (C, n) to an open binary file.
 
-    kind: wav or flac, which keep every sample; mp3 or opus, which change the rate where they do
-    not know it. ValueError if that kind cannot hold so many channels.
+    kind: wav or flac, which keep every sample; mp3 or opus of `bits` a second and channel, which
+    change the rate where they do not know it. ValueError if it cannot hold so many channels.
     """
     if channels > (2 if kind == "mp3" else 8):
         raise ValueError(f"{kind} cannot hold {channels} channels: choose wav or flac, which hold "
@@ -474,7 +474,7 @@ def writer(f, kind, rate, channels):
         layout = LAYOUTS[channels - 1]
         stream = container.add_stream(codec, rate=own, layout=layout)
         if known:
-            stream.bit_rate = BITS * channels
+            stream.bit_rate = bits * channels
         stream.codec_context.open()
         converter = av.AudioResampler(stream.format, layout, own, stream.codec_context.frame_size)
 

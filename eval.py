@@ -21,10 +21,11 @@ from tqdm import tqdm
 
 import metrics
 import model
-import report
+import page
 import runtime
 from data import SPLITS, TRACKS, Clips, Prepared
 from model import SAMPLE_RATE
+from report import draw, save_excerpt
 from runtime import die, write_atomically
 
 # -----------------------------------------------------------------------------
@@ -37,6 +38,7 @@ out = "results"         # folder to write to
 name = "summary"        # of the table over several checkpoints
 overwrite = False       # replace results that are there
 pictures = True         # draw them; report.py does so later
+report = False          # also write a page with all of them; page.py does so later
 bootstrap = 200         # resamples of the test clips for the 95 % interval; 0: no interval
 seed = 1                # of the bootstrap
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
@@ -321,7 +323,7 @@ def main():
         target = os.path.join(out, run_name(path))
         os.makedirs(out, exist_ok=True)
         if result["kind"] == "separator":
-            report.save_excerpt(f"{target}.npz", **excerpt)
+            save_excerpt(f"{target}.npz", **excerpt)
         else:
             with runtime.atomic(f"{target}.npz", "wb") as f:
                 np.savez_compressed(f, **scored)
@@ -344,8 +346,12 @@ def main():
     elif len(paths) > 1:
         print("no common table: these checkpoints are not all classifiers of the same classes, "
               "measured on the same clips")
-    for result_name in written if pictures else []:
-        report.draw(os.path.join(out, f"{result_name}.json"))
+    for result_name in written:
+        path = os.path.join(out, f"{result_name}.json")
+        if pictures or report:
+            draw(path)
+        if report and result_name in results:
+            page.result_page(path)
 
 
 if __name__ == "__main__":

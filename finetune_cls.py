@@ -78,6 +78,8 @@ seed = 1                        # of new weights, crops and dropout
 # validation and log
 val_crops = 7                   # crops per validation clip, end to end
 log_every = 50                  # steps between log lines
+report = False                  # after each validation, a page with the curves so far
+track = ""                      # send the log to tensorboard or wandb too
 # system
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
@@ -355,7 +357,7 @@ def main():
         optimizer.load_state_dict(run.saved["optimizer"])
     if compile:
         runtime.compile_parts(parts.values(), torch_device)
-    run.begin()
+    run.begin(config)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     print(f"{trainable:,} trainable parameters, {len(train_clips)} clips to train on ({per_epoch} "
           f"steps an epoch), {len(valid_clips)} to validate on, {len(train_clips.classes)} "

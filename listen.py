@@ -9,8 +9,8 @@ Listens to songs: their sources as sound files, their tags as tables.
 Any file that FFmpeg reads, of any rate, channels and length. Writes to listened/SONG/:
 vocals.wav and so on at the song's own rate and channels; accompaniment.wav, which is the song
 without vocals; remainder.wav, what no source has; and per tagger a .json and a .csv of the tags
-along time. Sources and remainder add up to the song. What is finished is skipped, so the same
-command goes on after a stop.
+along time. Sources and remainder add up to the song. With --report=True also song.html, a page to
+look at and to listen to. What is finished is skipped, so the same command goes on after a stop.
 """
 import contextlib
 import csv
@@ -25,6 +25,7 @@ from tqdm import tqdm
 import audio
 import eval
 import model
+import page
 import runtime
 import training
 from model import SAMPLE_RATE
@@ -38,6 +39,7 @@ tagger = [""]           # checkpoints, with commas between; ... and released:mta
 out = "listened"        # folder to write to
 format = "wav"          # of the sources: wav, flac, mp3, opus
 hop = 0.0               # seconds from one row of the tags to the next; 0: half a crop
+report = False          # also write a page to look at and to listen to
 overwrite = False       # replace what is there
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
 # -----------------------------------------------------------------------------
@@ -125,7 +127,9 @@ def listen(song, separator, taggers, writers, bar, stop):
             where = [x * SAMPLE_RATE // song.rate for x in (at, begin, length)]
             for name, (net, _) in taggers.items():
                 scores[name].append(tag_rows(net, wave, *where))
-        bar.update(whole.shape[1] / song.rate)
+        seconds = whole.shape[1] / song.rate
+        bar.total = bar.total and max(bar.total, bar.n + seconds)   # headers are wrong at times
+        bar.update(seconds)
     notes = [*song.damage]
     if beyond:
         share = 100 * beyond / (n * song.channels)
@@ -191,6 +195,8 @@ def find_songs(paths):
     """{folder to write to: file} of files, and of all audio in folders but what was written."""
     found, written = {}, os.path.realpath(out)
     for path in paths:
+        if not os.path.exists(path):
+            die(f"{path} does not exist")
         files = [path]
         if os.path.isdir(path):
             files = []
@@ -248,13 +254,15 @@ def listen_to(file, folder, separator, taggers, made_with, stop):
             f = stack.enter_context(runtime.atomic(path, "wb"))
             writers[name] = stack.enter_context(
                 audio.writer(f, format, song.rate, song.channels))
-        total = round(song.declared) or None
-        bar = stack.enter_context(tqdm(total=total, desc=os.path.basename(file), unit=" s",
-                                       bar_format=None if total else "{desc}: {n:.0f} s"))
+        form = "{desc}: {n:.0f} s"
+        if song.declared:
+            form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
+        bar = stack.enter_context(tqdm(total=song.declared or None, bar_format=form,
+                                       desc=os.path.basename(file)))
         scores, n, notes = listen(song, separator, taggers, writers, bar, stop)
 
     told |= {"seconds": n / song.rate, "rate": song.rate, "channels": song.channels,
-             "notes": notes, "tags": {}}
+             "notes": notes, "sources": list(writers), "tags": {}}
     for note in notes:
         print(f"note: {file}: {note}")
     for name, rows in scores.items():
@@ -308,13 +316,16 @@ def main():
     for folder, file in songs.items():
         made_with = {"networks": hashes, "format": format, "hop": hop,
                      "bytes": os.path.getsize(file)}
-        if is_done(os.path.join(folder, "listen.json"), made_with):
+        done = is_done(os.path.join(folder, "listen.json"), made_with)
+        if done and not overwrite:
             print(f"{file}: is finished, in {folder}")
-            continue
         try:
-            listen_to(file, folder, net, taggers, made_with, stop)
-        except ValueError as e:     # one song must not stop the others
-            print(f"error: {file}: {e}")
+            if not done or overwrite:
+                listen_to(file, folder, net, taggers, made_with, stop)
+            if report:
+                page.song_page(folder)
+        except (ValueError, FileNotFoundError, PermissionError) as e:
+            print(f"error: {file}: {e}")    # one song must not stop the others
             failed += 1
     if failed:
         die(f"{failed} of {len(songs)} songs failed, as said above")

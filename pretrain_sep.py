@@ -48,6 +48,8 @@ seed = 1                        # of weights and mixes
 val_every = 1_000               # steps between validations (and checkpoints)
 val_mixes = 400                 # fixed random mixes of the validation songs
 log_every = 50                  # steps between log lines
+report = False                  # after each validation, a page with the curves so far
+track = ""                      # send the log to tensorboard or wandb too
 # system
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
@@ -158,7 +160,7 @@ def main():
         dist.barrier()              # nobody writes before all have looked
         forward = DistributedDataParallel(net, [torch_device] if on_gpu else None)
     if writes:
-        run.begin()
+        run.begin(config)
         print(f"{sum(p.numel() for p in net.parameters()):,} parameters, "
               f"{len(train_mixes.segments)} segments to train on, {len(val_set.segments)} to "
               f"validate on, {torch_device} x {world}, {dtype}")

@@ -28,12 +28,13 @@ UNKNOWN = "\u25a1"      # stands for a letter that no font has
 # files
 
 def save_excerpt(path, song, waves):
-    """What the picture of a separator shows: decibels of the waves (1 + 2 S, N) of a song."""
+    """What is shown of a separator: the waves (1 + 2 S, N) of a song and their decibels."""
     levels = model.stft(torch.from_numpy(waves)).abs().transpose(1, 2)          # (1 + 2 S, 257, T)
     levels = 20 * torch.log10(levels + 1e-4)
+    heard = np.rint(np.clip(waves, -1, 1) * 32767).astype(np.int16)
     with runtime.atomic(path, "wb") as f:
         np.savez_compressed(f, song=song, seconds=waves.shape[1] / model.SAMPLE_RATE,
-                            levels=levels.numpy().astype(np.float16))
+                            levels=levels.numpy().astype(np.float16), waves=heard)
 
 
 def read_log(path):

@@ -25,10 +25,11 @@ from typing import NamedTuple
 import numpy as np
 
 import metrics
-import report
+import page
 import runtime
 import training
 from data import Prepared
+from report import draw, read_result
 from runtime import die
 
 try:
@@ -51,6 +52,7 @@ seeds = [1, 2, 3, 4, 5]
 baselines = ["scratch", "tail"]     # rows that the others are compared with
 jobs = 1                # runs at a time; 0: only the table of what is finished
 test_dtype = "float32"  # eval.py's dtype, for all runs
+report = False          # also write a page with table and pictures
 print = False           # print the commands that are left, one line per run, and run nothing
 bootstrap = 1000        # resamples for the intervals
 seed = 1                # of the resamples
@@ -58,7 +60,8 @@ seed = 1                # of the resamples
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 # settings that do not change what comes out; of data and .pt files the hash is compared instead
-FREE = ("out", "resume", "overwrite", "data", "device", "compile", "log_every", "workers")
+FREE = ("out", "resume", "overwrite", "data", "device", "compile", "log_every", "workers",
+        "report", "track")
 HASHED = ("init", "tail")
 
 
@@ -160,7 +163,7 @@ def finished(job):
     path = result_of(job.name)
     if not os.path.exists(path):
         return False
-    result, kind = report.read_result(path), "classifier" if job.row else "separator"
+    result, kind = read_result(path), "classifier" if job.row else "separator"
     if not isinstance(result, dict) or (result["kind"], result.get("split")) != (kind, "test"):
         die(f"{path} is not what eval.py writes for the test split of a {kind}: delete it")
     then = runtime.defaults(os.path.join(HERE, job.script)) | result["config"]
@@ -267,7 +270,7 @@ def run_all(left):
             left_s = (time.time() - began) / ended * (len(left) - ended)
             what = f"failed, see {checkpoint_of(job.name).removesuffix('.pt')}.log"
             if status == 0:
-                what = headline(report.read_result(result_of(job.name)))
+                what = headline(read_result(result_of(job.name)))
             else:
                 failed.append(job.name)
             say(f"[{ended}/{len(left)}] {job.name}: {what} | ETA {runtime.clock(left_s)}",
@@ -297,7 +300,7 @@ def load_run(name):
     except Exception as e:  # np.load has no error type of its own: zip, zlib, pickle
         die(f"{path} cannot be read ({type(e).__name__}: {e}): delete it and {result_of(name)}, "
             "and the same command makes them again")
-    return report.read_result(result_of(name)), scored
+    return read_result(result_of(name)), scored
 
 
 def check_tests(runs):
@@ -444,7 +447,7 @@ def main():
     done = [job for job in everything if job.row and finished(job)]
     if not done:
         die(f"no run is finished in {out}")
-    commits = {report.read_result(result_of(job.name)).get("commit") for job in done}
+    commits = {read_result(result_of(job.name)).get("commit") for job in done}
     if len(commits) > 1:
         say(f"note: these runs were made by {len(commits)} versions of this code")
     table = summarise(done)
@@ -455,7 +458,9 @@ def main():
     write_csv(table, f"{base}.csv")
     say(f"\n{text}\nmean ± standard deviation over runs; differences are paired, with a 95 % "
         f"interval over clips and runs; {base}.md, .csv, .json")
-    report.draw(f"{base}.json")
+    draw(f"{base}.json")
+    if report:
+        page.result_page(f"{base}.json")
     if failed:
         more = ", ..." if len(failed) > 3 else ""
         die(f"{len(failed)} of {len(left)} runs failed: {', '.join(failed[:3])}{more}; the same "

@@ -98,7 +98,8 @@ class Run:
         """Ends the script if a resumed run was started with settings that change its course."""
         # what older versions of the script had no key for, they did as is the default
         old = runtime.defaults(script) | self.saved["config"]
-        free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers"]
+        free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers",
+                "report", "track"]
         # what training sees of the data counts, wherever it lies; older runs did not note it
         free.append("data" if "trained_on" in old else "trained_on")
         # what the run started from counts, wherever it lies; older runs did not note that either
@@ -117,8 +118,9 @@ class Run:
             told = "; ".join(f"{key}: {old.get(key)!r} -> {config[key]!r}" for key in changed)
             die(f"this run was started with other settings ({told}): resume it with the same")
 
-    def begin(self):
+    def begin(self, config):
         """Removes leftovers and opens the log; the process that writes calls this, once."""
+        self.send, self.report = tracker(config["track"], self.out, config), config["report"]
         for path in self.files:
             for leftover in glob.glob(glob.escape(path) + ".*.tmp"):
                 os.remove(leftover)  # of a run that was killed while it saved
@@ -131,6 +133,36 @@ class Run:
         entry["seconds"] = round(time.time() - self.started, 2)
         with runtime.naming(self.log_path), open(self.log_path, "a", encoding="utf-8") as f:
             f.write(json.dumps(entry) + "\n")
+        self.send(entry)
+        if self.report and "val_loss" in entry:
+            self.write_page()
+
+    def write_page(self):
+        import page  # here: nobody else needs matplotlib while training
+        try:
+            page.run_page(self.log_path)
+        except Exception as e:          # drawing has many ways to fail; none is worth a run
+            print(f"note: no page for {self.log_path}: {type(e).__name__}: {e}")
+
+
+def tracker(name, out, config):
+    """A function that sends an entry of the log to tensorboard or wandb, if one is named."""
+    runtime.choose("track", name, ["", "tensorboard", "wandb"])
+    folder = out.removesuffix(".pt")
+    try:
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+            board = SummaryWriter(folder)
+            return lambda entry: [board.add_scalar(key, value, entry["step"])
+                                  for key, value in entry.items()]
+        if name == "wandb":
+            import wandb
+            run = wandb.init(project="music-sep-pretrain", name=os.path.basename(folder),
+                             config=config)
+            return lambda entry: run.log(entry, step=entry["step"])
+    except ImportError as e:
+        die(f"track={name} needs a package that is not installed: pip install {name} ({e})")
+    return lambda entry: None
 
 
 def log_until(path, step):
