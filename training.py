@@ -153,16 +153,20 @@ def tracker(name, out, config):
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
             board = SummaryWriter(folder)
-            return lambda entry: [board.add_scalar(key, value, entry["step"])
-                                  for key, value in entry.items()]
         if name == "wandb":
             import wandb
-            run = wandb.init(project="music-sep-pretrain", name=os.path.basename(folder),
-                             config=config)
-            return lambda entry: run.log(entry, step=entry["step"])
+            board = wandb.init(project="music-sep-pretrain", name=folder, config=config)
     except ImportError as e:
         die(f"track={name} needs a package that is not installed: pip install {name} ({e})")
-    return lambda entry: None
+    except Exception as e:              # no login, no network: these have errors of their own
+        die(f"track={name} does not work here ({type(e).__name__}: {e})")
+
+    def send(entry):
+        if name == "wandb":
+            board.log(entry, step=entry["step"])
+        for key, value in entry.items() if name == "tensorboard" else ():
+            board.add_scalar(key, value, entry["step"])
+    return send
 
 
 def log_until(path, step):
