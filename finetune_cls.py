@@ -259,7 +259,7 @@ def measure_scale(net, clips, device, most=64):
     parts = []
     for at in range(0, len(numbers), batch_size):
         wave, _ = clips.batch(0, numbers[at:at + batch_size])
-        parts.append(net.features(wave.to(device))[0])              # (B, S + 1, T, M)
+        parts.append(net.features(model.magnitudes(wave.to(device)))[0])    # (B, S + 1, T, M)
     net.tail.measure(torch.cat(parts))
 
 

@@ -57,6 +57,11 @@ def stft(wave):
     return spec.transpose(1, 2)                                     # (B, T, 257)
 
 
+def magnitudes(wave):
+    """(B, N) -> (B, T, 256): what the networks see."""
+    return stft(wave)[..., :BINS].abs()
+
+
 def istft(spec):
     """(..., T, 257) complex -> (..., N): the inverse of stft(), but for the ends.
 
@@ -213,7 +218,7 @@ class Separator(nn.Module):
 
 
 # -----------------------------------------------------------------------------
-# whole songs, at any rate and with any channels
+# whole songs
 
 def check_song(wave):
     if wave.dim() not in (1, 2, 3) or 0 in wave.shape or not wave.is_floating_point():
@@ -295,9 +300,9 @@ def tag(net, wave, rate=SAMPLE_RATE, hop=0.0, batch=16):
     """Songs of any length at `rate` Hz -> scores in [0, 1] on the CPU, of net's classes.
 
     (N,) or (C, N) -> (classes,), the mean over crops that overlap by half, as eval.py has it. With
-    hop in seconds -> (K, classes): row k is the crop that begins at k hop, without what is left
-    over at the end. (B, C, N) gives (B, classes) or (B, K, classes). A song that is shorter than a
-    crop is padded with silence. ValueError if the wave or hop has another form.
+    hop in seconds -> (K, classes): row k is the crop that begins at k hop; a rest at the end is
+    dropped, a short song padded. (B, C, N) -> (B, classes) or (B, K, classes). ValueError if the
+    wave or hop has another form.
     """
     check_song(wave)
     if wave.dim() == 3:
@@ -372,27 +377,31 @@ class Classifier(nn.Module):
         glorot_(self)
         self.to(memory_format=torch.channels_last)                  # faster, the same shapes
 
-    def features(self, wave):
-        """Crops (B, 61792) -> what the tail sees: (B, S + 1, T, M), and the decoder outputs."""
-        magnitude = stft(wave)[..., :BINS].abs()[:, None]           # (B, 1, T, F)
+    def features(self, magnitude):
+        """Crops (B, T, 256) -> what the tail sees: (B, S + 1, T, M), and the decoder outputs."""
+        magnitude = magnitude[:, None]                              # (B, 1, T, F)
         if self.mel_of_log:
             x = log_compress(magnitude) @ self.mel                  # (B, 1, T, M)
         else:
             x = log_compress(magnitude @ self.mel)                  # (B, 1, T, M)
         skips = []
         if self.unet is not None:
-            with autocast(wave, self.amp_dtype):
+            with autocast(magnitude, self.amp_dtype):
                 masks, outputs = self.unet(log_compress(magnitude))         # (B, S, T, F), ...
             sources = log_compress((masks.float() * magnitude) @ self.mel)  # (B, S, T, M)
             x = torch.cat([sources, x], 1)                          # (B, S + 1, T, M)
             skips = [outputs[5 - i] for i in range(1, self.skips + 1)]
         return x, skips
 
+    def logits(self, magnitude):
+        """(B, T, 256) of a crop -> (B, classes)."""
+        x, skips = self.features(magnitude)
+        with autocast(magnitude, self.amp_dtype):
+            return self.tail(x, skips).float()
+
     def crop_logits(self, wave):
         """(B, 61792) -> (B, classes)."""
-        x, skips = self.features(wave)
-        with autocast(wave, self.amp_dtype):
-            return self.tail(x, skips).float()
+        return self.logits(magnitudes(wave))
 
     def forward(self, wave):
         check_wave(wave)
@@ -456,6 +465,9 @@ def load(path, device="cpu"):
 
 def read_checkpoint(path):
     """The tensors and plain values in a .pt or .resume file; ValueError if it is anything else."""
+    if str(path).endswith(".safetensors"):
+        import export  # here: it knows the scripts
+        return export.read_safetensors(path)
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # torch.load has no error type of its own: zip, pickle, key, runtime
@@ -481,12 +493,4 @@ def _load_tensorflow(prefix):
     net = KINDS[kind](**args)
     tf_checkpoint.copy_into(net, prefix)
     return net, {"kind": kind, "args": net.args, "classes": None, "step": None, "config": {},
-                 "source": "tensorflow", "as_published": as_published(net)}
-
-
-def as_published(net):
-    """How the authors' code differs in what the weights of a network were trained with."""
-    found = [f"{net.args['pool']} pooling"] if net.args.get("variant") != "tail" else []
-    if net.args.get("mel_of_log"):
-        found.append("mel filters on the logarithm of the mixture")
-    return ", ".join(found)
+                 "source": "tensorflow", "as_published": tf_checkpoint.as_published(net)}

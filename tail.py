@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         else:
             x = (x - self.mean) / (2 * self.std)                    # (B, S + 1, T, M)
         x = self.patches(x).flatten(2).transpose(1, 2)              # (B, P, D)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.positions
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1) + self.positions
         x = self.dropout(x)                                         # (B, P + 1, D)
         for i, layer in enumerate(self.layers):
             joined = i // 2 - 1

@@ -307,6 +307,14 @@ def copy_into(net, prefix):
             ours.data.copy_(value)
 
 
+def as_published(net):
+    """How the authors' code differs in what the weights of a network were trained with."""
+    found = [f"{net.args['pool']} pooling"] if net.args.get("variant") != "tail" else []
+    if net.args.get("mel_of_log"):
+        found.append("mel filters on the logarithm of the mixture")
+    return ", ".join(found)
+
+
 def _our_kernel(value, flattened):
     """A kernel in PyTorch's layout. `flattened`: it follows Keras' flatten layer."""
     if value.dim() == 4:

@@ -78,7 +78,7 @@ def test_the_scale_is_that_of_the_training_set_and_not_of_the_batch():
     net, crops = small(), noise(4, 127 * 160 + 512)
     crops[2:] *= 100
     with torch.no_grad():
-        x, _ = net.features(crops)
+        x, _ = net.features(model.magnitudes(crops))
         net.tail.measure(x)
         torch.testing.assert_close(net.tail.mean[:, 0, 0], x.mean((0, 2, 3)))
         net.tail.batch_scale = True
