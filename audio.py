@@ -11,16 +11,16 @@ Reads what FFmpeg reads, to the last sample that can be decoded. PyAV brings FFm
 import contextlib
 import errno
 import functools
-import io
 import os
 from math import ceil, gcd
 
 import av
 import numpy as np
 
+from containers import Broken, check_wav, cut_off, is_padding, without_tags
+
 LONGEST = 4 * 3600                  # seconds; an int16 track of that length is 0.5 GB
 RATES = range(1000, 1_000_001)      # Hz; outside, the header is wrong
-SLACK = 0.25                        # seconds that a header may be wrong by
 JITTER = 0.1                        # seconds that the time of a frame may be wrong by
 BLOCK = 1 << 20                     # samples that are taken over at once
 # what FFmpeg must not take a file for: these formats open other files, addresses or devices
@@ -36,10 +36,6 @@ KERNEL = dict(lowpass_filter_width=96, rolloff=0.965, beta=9.5)
 BAD = (av.FFmpegError, ValueError, IndexError, OSError)
 
 av.logging.set_level(av.logging.PANIC)  # what is wrong with a file is returned, not printed
-
-
-class Broken(ValueError):
-    """A file that cannot be used; its text is the reason."""
 
 
 # -----------------------------------------------------------------------------
@@ -76,7 +72,7 @@ class Sound:
     """An open file and one of its audio streams; `damage` gathers what is wrong with it."""
 
     def __init__(self, file, stream=0):
-        self.stack, self.damage = contextlib.ExitStack(), []
+        self.stack, self.damage, self.name = contextlib.ExitStack(), [], str(file)
         with self.stack:        # closes what is open if anything below fails
             f = file
             if isinstance(file, (str, os.PathLike)):
@@ -116,7 +112,7 @@ class Sound:
 class Blocks(Sound):
     """The samples of an audio stream in float32 blocks (C, n), for songs of any length.
 
-    rate, channels: those of the stream's header; what has others is left out. declared: seconds
+    rate, channels: those of the stream's header; what has others is converted. declared: seconds
     by the header, 0 if unknown. damage is complete at the end. Errors are those of read().
     """
 
@@ -130,16 +126,28 @@ class Blocks(Sound):
 
     def __iter__(self):
         n, other = 0, 0.0
-        for rate, samples in decode(self.container, self.track, self.damage):
+        for rate, samples in self.decoded():
             if (rate, len(samples)) != (self.rate, self.channels):
                 other += samples.shape[1] / rate
-                continue
+                samples = self.converted(rate, samples)
             n += samples.shape[1]
             yield samples
         if other:
             self.damage.append(f"{other:.1f} s of it have another sample rate or number of "
-                               "channels: left out")
+                               "channels: converted")
         self.check_end(n, self.rate)
+
+    def decoded(self):
+        """What decode() gives; an error of the disk says of which file."""
+        try:
+            yield from decode(self.container, self.track, self.damage)
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, self.name) from e
+
+    def converted(self, rate, samples):
+        if len(samples) != self.channels:
+            samples = np.repeat(samples.mean(0, keepdims=True), self.channels, 0)
+        return resample(samples, rate, self.rate)
 
 
 def open_container(f):
@@ -180,6 +188,7 @@ def decode(container, track, damage):
                 gap = frame.time - due if due is not None else 0.0
                 lost += gap if gap > JITTER else 0.0
                 due = frame.time + frame.samples / frame.sample_rate
+            frame = packed(frame)
             # a fifo holds frames of one kind, and would read beyond the end of others
             its = frame.sample_rate, frame.layout.nb_channels, frame.format.name
             if fifo.samples and (its != kind or fifo.samples > BLOCK):
@@ -195,9 +204,18 @@ def decode(container, track, damage):
 
 
 def can_be_taken(frame):
-    """Whether a frame has samples, in a form that PyAV takes over: at most 8 separate channels."""
+    """Whether a frame has samples, in a form that PyAV passes on: at most 8 separate channels."""
     several = frame.format.is_planar and frame.layout.nb_channels > 8
     return frame.samples > 0 and not several
+
+
+def packed(frame):
+    """A frame of 8 separate channels with the channels in turn: PyAV crashes on the former."""
+    if not frame.format.is_planar or frame.layout.nb_channels < 8:
+        return frame
+    frame.pts = None
+    form = av.AudioResampler(frame.format.packed, frame.layout, frame.sample_rate)
+    return form.resample(frame)[0]
 
 
 def packets(container, track):
@@ -226,181 +244,6 @@ def samples_of(fifo):
     scale = np.float32(full.get(samples.dtype.str[1:], 1.0))
     silence = np.float32(128.0 if samples.dtype == np.uint8 else 0.0)
     return frame.sample_rate, (samples.astype(np.float32) - silence) / scale
-
-
-# -----------------------------------------------------------------------------
-# what FFmpeg does not tell: tags behind the sound, files that end before their end
-
-# containers whose header gives the length, and not a guess
-EXACT = ("ogg", "flac", "aiff", "au", "avi", "mov", "matroska", "asf", "ape", "wv", "tta")
-# containers made of chunks: where the first begins, bytes of its name and of its size, byte order,
-# bytes of both if the size counts them, and what a chunk's end is rounded up to
-CHUNKS = {"wav": (12, 4, 4, "little", 0, 2), "w64": (40, 16, 8, "little", 24, 8),
-          "caf": (8, 4, 8, "big", 0, 1)}
-TAGS = (b"ID3", b"TAG", b"APETAGEX", b"LYRICSBEGIN")    # of title, text and picture
-
-
-def is_padding(raw):
-    """Whether bytes between or behind frames are a tag, or one byte again and again."""
-    return raw.startswith(TAGS) or len(raw) < 8192 and len(set(raw)) == 1
-
-
-class Rest(io.BytesIO):
-    """What is left of a file, under its name: FFmpeg looks at that where the start is damaged."""
-    name = ""
-
-
-def without_tags(f):
-    """The file without the tags in front of and behind the sound, which FFmpeg takes for damage.
-
-    Only files without a header of their own have such tags: mp3, aac, ac3; and what follows a
-    tag. The other one that FFmpeg must be helped with is BW64 of less than 4 GB.
-    """
-    f.seek(0)
-    head = f.read(16)
-    if head[:4] == b"BW64" and head[12:] != b"ds64":
-        f.seek(4)
-        return io.BytesIO(b"RIFF" + f.read())
-    if not head.startswith((b"ID3", b"\xff", b"\x0b\x77")):
-        return f
-    f.seek(0)
-    raw = f.read()
-    start, end = 0, len(raw)
-    while raw[start:start + 3] == b"ID3":
-        header = raw[start:start + 10].ljust(10, b"\0")
-        footer = 10 if header[5] & 0x10 else 0
-        start += 10 + syncsafe(header[6:]) + footer
-    if raw[start:start + 1] not in (b"\xff", b"\x0b", b"f", b"R", b"F"):
-        start = 0  # the length of the tag is damaged: FFmpeg looks for the first frame
-    while start < end and (length := tag_length(raw, end)):
-        end -= length
-    rest = Rest(raw[start:end])
-    rest.name = str(getattr(f, "name", ""))
-    return rest
-
-
-def tag_length(raw, end):
-    """Bytes of the tag that ends at raw[:end]; 0 if none does."""
-    if raw[end - 128:end - 125] == b"TAG":                          # ID3v1
-        return 128
-    if raw[end - 32:end - 24] == b"APETAGEX":                       # APEv2: without its header
-        size = int.from_bytes(raw[end - 20:end - 16], "little")
-        header = end - size - 32
-        return size + 32 if raw[header:header + 8] == b"APETAGEX" else size
-    if raw[end - 9:end] == b"LYRICS200" and raw[end - 15:end - 9].isdigit():
-        return int(raw[end - 15:end - 9]) + 15                      # Lyrics3: without its end
-    if raw[end - 10:end - 7] == b"3DI":                             # ID3v2 with a footer
-        return 20 + syncsafe(raw[end - 4:end])
-
-    # ID3v2 without a footer: it has to be found by its header
-    at = raw.rfind(b"ID3", 0, end)
-    while at > 0 and at > end - (1 << 24):
-        if at + 10 + syncsafe(raw[at + 6:at + 10]) == end:
-            return end - at
-        at = raw.rfind(b"ID3", 0, at)
-    return 0
-
-
-def syncsafe(raw):
-    """The number that ID3v2 writes in seven bits a byte."""
-    number = 0
-    for byte in raw:
-        number = number << 7 | byte & 127
-    return number
-
-
-def cut_off(f, container, declared, held, rate):
-    """A sentence if the file ends before its end, else None. Lengths are in seconds.
-
-    FFmpeg takes what there is without a word.
-    """
-    if container == "mp3":
-        declared = mp3_declares(f, rate)
-    elif container not in EXACT or declared * rate > 5e8:
-        declared = 0.0  # a guess from the bit rate, or unknown, as it was written to a pipe
-    if held + SLACK < declared:
-        return f"its header says {declared:.1f} s, it holds {held:.1f} s"
-    ends_early = container == "ogg" and not ogg_ends(f)
-    if container in CHUNKS:
-        ends_early = misses_data(f, container)
-    return f"it is cut off after {held:.1f} s" if ends_early else None
-
-
-def data_chunk(f, container):
-    """(first byte, number of bytes by the header) of the samples of a file made of chunks."""
-    at, name_bytes, size_bytes, order, counted, align = CHUNKS[container]
-    long_size = None
-    while True:
-        f.seek(at)
-        head = f.read(32)
-        begin = at + name_bytes + size_bytes
-        name, size = head[:4], head[name_bytes:name_bytes + size_bytes]
-        size = int.from_bytes(size, order) - counted
-        if not name.strip().isalnum() or size < 0 or len(head) < 24:
-            return begin, 0
-        if name == b"ds64":  # RF64 and BW64: 64 bits for the file, then 64 for the samples
-            long_size = int.from_bytes(head[16:24], "little")
-        if name == b"data":
-            if size == 0xFFFFFFFF and long_size is not None:
-                size = long_size
-            return begin, size
-        at = begin + size
-        at += -at % align
-
-
-def misses_data(f, container):
-    """Whether a file has fewer bytes of samples than its header says, if it says something."""
-    at, size = data_chunk(f, container)
-    unknown = size % (1 << 31) == 0 or size % (1 << 31) >= 0x7FFF0000  # written to a pipe
-    return not unknown and at + size > f.seek(0, os.SEEK_END) + 1024
-
-
-def check_wav(f):
-    """Broken if a wav file holds what FFmpeg would take for sound.
-
-    That is: samples of the other byte order, and chunks to the end where there are no samples.
-    FFmpeg is right where a recorder was not closed: then sound follows, which is no chunk.
-    """
-    f.seek(0)
-    if f.read(4) == b"RIFX":
-        raise Broken("is a wav file of the other byte order (RIFX): convert it first")
-    at, size = data_chunk(f, "wav")
-    end = f.seek(0, os.SEEK_END)
-    if size:
-        return
-    while at + 8 <= end:
-        f.seek(at)
-        head = f.read(8)
-        if not (head[:4].isascii() and head[:4].strip().isalnum()):
-            return
-        size = int.from_bytes(head[4:], "little")
-        at += 8 + size + size % 2
-    if at in (end, end + 1):
-        raise Broken("holds no sound")
-
-
-def ogg_ends(f):
-    """Whether the last page of an ogg file is whole and says that it is the last (RFC 3533)."""
-    f.seek(max(0, f.seek(0, os.SEEK_END) - (1 << 17)))
-    page = f.read().rpartition(b"OggS")[2]
-    if len(page) < 23 or not page[1] & 4:
-        return False
-    segments = page[22]  # their lengths follow, then they themselves
-    return len(page) >= 23 + segments + sum(page[23:23 + segments])
-
-
-def mp3_declares(f, rate):
-    """Seconds by the number of frames in the first frame of an mp3 (Xing, VBRI); 0 if none."""
-    f.seek(0)
-    head = f.read(4096)
-    frame = 1152 if rate >= 32000 else 576                                      # samples
-    for tag, where in ((b"Xing", 8), (b"Info", 8), (b"VBRI", 14)):
-        found = head.find(tag)
-        if found >= 0:
-            frames = head[found + where:found + where + 4]
-            has_frames = tag == b"VBRI" or head[found + 7:found + 8] and head[found + 7] & 1
-            return int.from_bytes(frames, "big") * frame / rate if has_frames else 0.0
-    return 0.0
 
 
 # -----------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def run_name(path):
     if path.startswith("released:"):
         return path.replace(":", "_")
     stem, ending = os.path.splitext(os.path.basename(path))
-    if ending == ".pt":
+    if ending in (".pt", ".safetensors"):
         return stem
     return f"{os.path.basename(os.path.dirname(os.path.abspath(path)))}_{stem}"
 

@@ -150,11 +150,15 @@ def main():
     runtime.choose("to", to, ["onnx", "safetensors"])
     if not paths:
         die("name one or more checkpoints: python export.py ckpt/vocals.pt")
+    bases = set()
     for path in paths:
         net, meta = model.load(path)
         folder = out or ("" if path.startswith("released:") else os.path.dirname(path))
         base = os.path.join(folder, eval.run_name(path))
         os.makedirs(folder or ".", exist_ok=True)
+        if base in bases:
+            die(f"two of these checkpoints would both be written to {base}")
+        bases.add(base)
         endings = [".safetensors"] if to == "safetensors" else [".onnx", "_wave.onnx"]
         for ending in endings:
             if os.path.exists(base + ending) and not overwrite:

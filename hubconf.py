@@ -41,7 +41,7 @@ def tagger(dataset="mtat", source="vocals", device="cpu"):
 
 
 def _load(path, name, kind, device):
-    if not os.path.exists(path):
+    if name in released.PLACES:
         released.FOLDER = os.path.join(torch.hub.get_dir(), "checkpoints", "released")
         path = f"released:{name}"
     net, meta = model.load(path, device)

@@ -14,6 +14,8 @@ look at and to listen to. What is finished is skipped, so the same command goes 
 """
 import contextlib
 import csv
+import errno
+import glob
 import json
 import math
 import os
@@ -29,7 +31,7 @@ import page
 import runtime
 import training
 from model import SAMPLE_RATE
-from prepare.files import is_audio
+from prepare.files import is_audio, walk
 from runtime import die
 
 # -----------------------------------------------------------------------------
@@ -47,6 +49,7 @@ device = ""             # cpu, cuda, mps; empty: cuda if there is one
 STEP = model.FRAMES // 2 * model.HOP    # 30,720 samples at 16 kHz, from window to window
 PIECE = 25 * STEP // SAMPLE_RATE        # 48 s: windows begin at whole samples of any rate
 MOST = 1 << 24                          # samples of a piece, all channels
+RESERVED = ("mixture", "accompaniment", "remainder")
 
 
 # -----------------------------------------------------------------------------
@@ -93,7 +96,7 @@ def tag_rows(net, wave, at, begin, length):
 
     wave: (N,) at 16 kHz, from sample `at` of the song on.
     """
-    step = round(hop * SAMPLE_RATE) or net.frames // 2 * model.HOP
+    step = step_of(net)
     if begin == 0:
         wave = np.pad(wave, (0, max(0, net.crop - len(wave))))      # of a very short song
     first, end = -(-begin // step), -(-(begin + length) // step)
@@ -104,13 +107,18 @@ def tag_rows(net, wave, at, begin, length):
     return model.tag(net, torch.from_numpy(some), hop=step / SAMPLE_RATE)
 
 
-def listen(song, separator, taggers, writers, bar, stop):
+def step_of(net):
+    """Samples at 16 kHz from one row of the tags to the next."""
+    return round(hop * SAMPLE_RATE) or net.frames // 2 * model.HOP
+
+
+def listen(song, net, taggers, writers, bar, stop):
     """({tagger: scores (K, classes)}, samples, notes) of a song; its sources go to the writers."""
     scores, beyond, n = {name: [] for name in taggers}, 0, 0
     length, left, right = sizes(song.rate, song.channels, taggers)
     for samples, at, begin in pieces(song, length, left, right):
         if stop.asked:
-            die("stopped; the same command goes on with this song")
+            die("stopped; the same command goes on with this song (without --overwrite)")
         if not np.isfinite(samples).all():
             raise audio.Broken("holds samples that are not numbers")
         mine = slice(begin - at, begin - at + length)
@@ -118,22 +126,22 @@ def listen(song, separator, taggers, writers, bar, stop):
         beyond += int((np.abs(whole) > 1).sum())
         n += whole.shape[1]
 
-        if separator:
-            stems = model.separate(separator, torch.from_numpy(samples), song.rate)
+        if net:
+            stems = model.separate(net, torch.from_numpy(samples), song.rate)
             stems = audio.to_int16(stems[:, :, mine].numpy())       # (S, C, n)
-            write_sources(separator.sources, stems, audio.to_int16(whole), writers)
+            write_sources(net.sources, stems, audio.to_int16(whole), writers)
         if taggers:
             wave = audio.resample(samples.mean(0), song.rate, SAMPLE_RATE)
             where = [x * SAMPLE_RATE // song.rate for x in (at, begin, length)]
-            for name, (net, _) in taggers.items():
-                scores[name].append(tag_rows(net, wave, *where))
+            for name, (tagger, _) in taggers.items():
+                scores[name].append(tag_rows(tagger, wave, *where))
         seconds = whole.shape[1] / song.rate
         bar.total = bar.total and max(bar.total, bar.n + seconds)   # headers are wrong at times
         bar.update(seconds)
     notes = [*song.damage]
     if beyond:
         share = 100 * beyond / (n * song.channels)
-        notes.append(f"{share:.2g} % of its samples are beyond full scale, and are clipped")
+        notes.append(f"{share:.2f} % of its samples are beyond full scale, and are clipped")
     return {name: torch.cat(rows).numpy() for name, rows in scores.items()}, n, notes
 
 
@@ -152,40 +160,37 @@ def write_sources(sources, stems, whole, writers):
             writers[name](np.clip(left, -32768, 32767).astype("<i2"))
 
 
-def names_of_stems(separator):
+def names_of_stems(net):
     """The files of a separator. With vocals alone, what is left is the accompaniment."""
-    if separator is None:
+    if net is None:
         return []
-    if separator.sources == ["vocals"]:
+    if net.sources == ["vocals"]:
         return ["vocals", "accompaniment"]
-    more = ["accompaniment"] if "vocals" in separator.sources else []
-    return [*separator.sources, *more, "remainder"]
+    more = ["accompaniment"] if "vocals" in net.sources else []
+    return [*net.sources, *more, "remainder"]
 
 
 # -----------------------------------------------------------------------------
 # tables
 
-def rows_of(net, classes, scores):
-    """[{start, end, tags: [{tag, score}]}] of scores (K, classes), the highest first; seconds."""
-    step = hop or net.frames // 2 * model.HOP / SAMPLE_RATE
-    rows = []
-    for k, row in enumerate(scores):
-        order = np.argsort(-row, kind="stable")
-        tags = [{"tag": classes[i], "score": round(float(row[i]), 4)} for i in order]
-        start = round(k * step, 3)
-        rows.append({"start": start, "end": round(start + net.crop / SAMPLE_RATE, 3), "tags": tags})
-    return rows
-
-
 def write_tags(base, net, classes, scores):
-    """The tags along time as BASE.json and BASE.csv."""
-    rows = rows_of(net, classes, scores)
-    runtime.write_atomically(json.dumps(rows), f"{base}.json")
+    """Scores (K, classes) as BASE.json, [{start, end, tags: [{tag, score}]}] with the highest
+    first, and as BASE.csv, one column per tag. Times are in seconds.
+    """
+    starts = np.arange(len(scores)) * step_of(net) / SAMPLE_RATE
+    times = [(round(start, 3), round(start + net.crop / SAMPLE_RATE, 3)) for start in starts]
+    with runtime.atomic(f"{base}.json", "w", encoding="utf-8") as f:
+        for k, ((start, end), row) in enumerate(zip(times, scores, strict=True)):
+            order = np.argsort(-row, kind="stable")
+            tags = [{"tag": classes[i], "score": round(float(row[i]), 4)} for i in order]
+            line = json.dumps({"start": start, "end": end, "tags": tags})
+            f.write(("[" if k == 0 else ",\n") + line)
+        f.write("]\n")
     with runtime.atomic(f"{base}.csv", "w", encoding="utf-8", newline="") as f:
         lines = csv.writer(f)
         lines.writerow(["start", "end", *classes])
-        for row, values in zip(rows, scores, strict=True):
-            lines.writerow([row["start"], row["end"], *(f"{value:.4f}" for value in values)])
+        for (start, end), row in zip(times, scores, strict=True):
+            lines.writerow([start, end, *(f"{value:.4f}" for value in row)])
 
 
 # -----------------------------------------------------------------------------
@@ -197,59 +202,77 @@ def find_songs(paths):
     for path in paths:
         if not os.path.exists(path):
             die(f"{path} does not exist")
-        files = [path]
+        files, root = [path], os.path.dirname(path) or "."
         if os.path.isdir(path):
-            files = []
-            for folder, folders, names in os.walk(path):
-                inside = os.path.realpath(folder)
-                if inside == written or inside.startswith(written + os.sep):
-                    folders.clear()
-                    continue
-                folders.sort()
-                files += [os.path.join(folder, name) for name in sorted(names) if is_audio(name)]
+            files, root = [file for file in walk(path) if is_audio(file)], path
+            files = [f for f in files if not os.path.realpath(f).startswith(written + os.sep)]
+            lost = [file for file in files if not os.path.exists(file)]
+            for file in lost:
+                print(f"passed over {file}: it is a link to nowhere")
+                files.remove(file)
             if not files:
-                die(f"{path} holds no audio")
-        root = path if os.path.isdir(path) else os.path.dirname(path)
+                die(f"{path} holds no audio but what is in {out}, the folder to write to")
         for file in files:
-            target = os.path.join(out, os.path.splitext(os.path.relpath(file, root or "."))[0])
+            target = os.path.join(out, os.path.splitext(os.path.relpath(file, root))[0])
             if os.path.realpath(found.setdefault(target, file)) != os.path.realpath(file):
                 die(f"{found[target]} and {file} would both be written to {target}: give one of "
                     "them another --out")
     return found
 
 
-def is_done(marker, made_with):
-    """Whether a song is finished. Ends the script if it was made in another way."""
-    folder = os.path.dirname(marker)
-    if not os.path.exists(marker):
-        if os.path.isdir(folder) and os.listdir(folder) and not overwrite:
-            die(f"{folder} exists, and this script has not made it: --overwrite=True writes into "
-                "it, --out=FOLDER elsewhere")
-        return False
-    with open(marker, encoding="utf-8") as f:
+def read_marker(folder):
+    """What listen.json of a folder says; None if there is none. ValueError if it is damaged."""
+    path = os.path.join(folder, "listen.json")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
         try:
-            then = json.load(f)
-            same = then["made_with"] == made_with
-        except (ValueError, TypeError, KeyError):
-            die(f"{marker} is damaged: delete {folder}, and the song is listened to again")
-    if not same and not overwrite:
-        die(f"{folder} was made from another file or with other settings: --overwrite=True "
-            "replaces it, --out=FOLDER writes elsewhere")
-    return same and then["finished"]
+            told = json.load(f)
+            told["made_with"], told["finished"], told["files"]
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{path} is damaged: delete {folder}, and listen again") from e
+    return told
 
 
-def listen_to(file, folder, separator, taggers, made_with, stop):
+def is_done(file, folder, made_with):
+    """Whether a song is finished. Ends the script if the folder holds anything else."""
+    told = read_marker(folder)
+    if told is None:
+        mine = os.path.isdir(folder) and any(entry.is_file() for entry in os.scandir(folder))
+        if mine and not overwrite:
+            die(f"{folder} holds files, and this script has not made them: --overwrite=True writes "
+                "into it, --out=FOLDER elsewhere")
+        return False
+    if told["finished"] and told["made_with"] != made_with and not overwrite:
+        die(f"{folder} was made from another file than {file}, or with other settings: "
+            "--overwrite=True replaces it, --out=FOLDER writes elsewhere")
+    return told["finished"] and told["made_with"] == made_with and not overwrite
+
+
+def begin(file, folder, made_with, files):
+    """Notes that a song is begun, after deleting what an earlier attempt has left."""
+    old = read_marker(folder)
+    for name in old["files"] if old else []:
+        leftovers = glob.glob(glob.escape(os.path.join(folder, name)) + ".*.tmp")
+        for path in (os.path.join(folder, name), *leftovers):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+    os.makedirs(folder, exist_ok=True)
+    told = {"song": os.path.abspath(file), "made_with": made_with, "finished": False,
+            "files": files}
+    runtime.write_atomically(json.dumps(told, indent=1), os.path.join(folder, "listen.json"))
+    return told
+
+
+def listen_to(file, folder, net, taggers, made_with, stop):
     """Writes all that is to be known of one song into its folder."""
-    marker = os.path.join(folder, "listen.json")
+    sources = names_of_stems(net)
+    files = [f"{name}.{format}" for name in sources] + ["song.html"]
+    files += [f"{name}.{ending}" for name in taggers for ending in ("json", "csv")]
     with contextlib.ExitStack() as stack:
         song = stack.enter_context(audio.Blocks(file))
-        # before anything is written: a song that was begun is ours, and may be written again
-        os.makedirs(folder, exist_ok=True)
-        told = {"song": os.path.abspath(file), "made_with": made_with, "finished": False}
-        runtime.write_atomically(json.dumps(told, indent=1), marker)
-
-        writers = {}
-        for name in names_of_stems(separator):
+        told, writers = begin(file, folder, made_with, files), {}
+        for name in sources:
             path = os.path.join(folder, f"{name}.{format}")
             f = stack.enter_context(runtime.atomic(path, "wb"))
             writers[name] = stack.enter_context(
@@ -259,23 +282,23 @@ def listen_to(file, folder, separator, taggers, made_with, stop):
             form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s [{elapsed}<{remaining}]"
         bar = stack.enter_context(tqdm(total=song.declared or None, bar_format=form,
                                        desc=os.path.basename(file)))
-        scores, n, notes = listen(song, separator, taggers, writers, bar, stop)
+        scores, n, notes = listen(song, net, taggers, writers, bar, stop)
 
     told |= {"seconds": n / song.rate, "rate": song.rate, "channels": song.channels,
-             "notes": notes, "sources": list(writers), "tags": {}}
+             "notes": notes, "sources": sources, "tags": {}}
     for note in notes:
         print(f"note: {file}: {note}")
     for name, rows in scores.items():
-        net, classes = taggers[name]
-        write_tags(os.path.join(folder, name), net, classes, rows)
+        tagger, classes = taggers[name]
+        write_tags(os.path.join(folder, name), tagger, classes, rows)
         mean = rows.mean(0)
         best = np.argsort(-mean, kind="stable")
         told["tags"][name] = {classes[i]: round(float(mean[i]), 4) for i in best}
         print(f"{name}:\n" + "\n".join(f"  {classes[i]:24}{mean[i]:.3f}" for i in best[:10]))
     told["finished"] = True
-    runtime.write_atomically(json.dumps(told, indent=1), marker)
-    print(f"{file}: {runtime.clock(told['seconds'])}, {song.rate} Hz, {song.channels} "
-          f"{'channel' if song.channels == 1 else 'channels'} -> {folder}")
+    runtime.write_atomically(json.dumps(told, indent=1), os.path.join(folder, "listen.json"))
+    print(f"{file}: {runtime.clock(told['seconds'])}, {song.rate} Hz, channels: {song.channels} "
+          f"-> {folder}")
 
 
 def load(path, kind, on):
@@ -288,9 +311,25 @@ def load(path, kind, on):
     return net, meta
 
 
+def check_names(what, names, reserved):
+    """What a checkpoint calls itself or its sources becomes part of files' names."""
+    for name in names:
+        if not name or name.startswith(".") or set(name) & set("/\\:\0"):
+            die(f"{what}: {name!r} cannot be the name of a file")
+        if name in reserved or names.count(name) > 1:
+            die(f"{what}: the name {name!r} is taken: rename it, or listen with one after the "
+                "other")
+
+
+def facts(file):
+    """By which a song is known again."""
+    stat = os.stat(file)
+    return {"song": os.path.abspath(file), "bytes": stat.st_size, "changed": stat.st_mtime_ns}
+
+
 def main():
     config, paths = runtime.configure(globals(), configs=False)
-    runtime.check_numbers(config | {"seed": 0})
+    runtime.check_numbers(config)
     runtime.choose("format", format, list(audio.WRITTEN))
     if hop and hop < 1 / SAMPLE_RATE:
         die(f"hop must be seconds above 0, or 0 for half a crop, got {hop}")
@@ -303,29 +342,39 @@ def main():
     if not chosen and not heard:
         chosen, heard = "released:vocals", ["released:mtat_vocals"]
     on, *_ = runtime.start(device)
-    net = load(chosen, "separator", on)[0] if chosen else None
-    taggers = {}
+    net, taggers = None, {}
+    if chosen:
+        net = load(chosen, "separator", on)[0]
+        check_names(chosen, net.sources, RESERVED)
     for path in heard:
         other, meta = load(path, "classifier", on)
         classes = meta["classes"] or [f"class {i}" for i in range(other.args["n_classes"])]
-        if taggers.setdefault(eval.run_name(path), (other, classes))[0] is not other:
-            die(f"two taggers are called {eval.run_name(path)}: listen with one after the other")
+        check_names("--tagger", [*taggers, eval.run_name(path)], ["listen"])
+        taggers[eval.run_name(path)] = other, classes
+
+    # what would end the script does so before the first song
+    hashes = {path: training.fingerprint(path) for path in [chosen, *heard] if path}
+    made = {folder: {"networks": hashes, "format": format, "hop": hop, **facts(file)}
+            for folder, file in songs.items()}
+    runtime.hold(out)
+    done = {folder for folder, file in songs.items() if is_done(file, folder, made[folder])}
 
     stop, failed = runtime.Stop(), 0
-    hashes = {path: training.fingerprint(path) for path in [chosen, *heard] if path}
     for folder, file in songs.items():
-        made_with = {"networks": hashes, "format": format, "hop": hop,
-                     "bytes": os.path.getsize(file)}
-        done = is_done(os.path.join(folder, "listen.json"), made_with)
-        if done and not overwrite:
-            print(f"{file}: is finished, in {folder}")
+        if stop.asked:
+            die("stopped; the same command goes on from there (without --overwrite)")
         try:
-            if not done or overwrite:
-                listen_to(file, folder, net, taggers, made_with, stop)
+            if folder in done:
+                print(f"{file}: is finished, in {folder}")
+            else:
+                listen_to(file, folder, net, taggers, made[folder], stop)
             if report:
                 page.song_page(folder)
-        except (ValueError, FileNotFoundError, PermissionError) as e:
-            print(f"error: {file}: {e}")    # one song must not stop the others
+        except (ValueError, OSError) as e:
+            # one song must not stop the others, a full disk must
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+                raise
+            print(f"error: {file}: {e}")
             failed += 1
     if failed:
         die(f"{failed} of {len(songs)} songs failed, as said above")

@@ -9,10 +9,12 @@ Next to what it is made from: listened/song/song.html, results/vocals.html, and 
 needs no network. It plays at most the first five minutes of a song.
 """
 import base64
+import csv
 import html
 import io
 import json
 import os
+import re
 import shlex
 
 import numpy as np
@@ -35,7 +37,8 @@ MOST = 12               # tags with a curve
 # parts of a page
 
 def escape(text):
-    return html.escape(str(text))
+    # a file's name may hold bytes that are no letters
+    return html.escape(str(text).encode("utf-8", "replace").decode())
 
 
 def table(heads, rows):
@@ -145,8 +148,8 @@ def write(path, title, body, sound=()):
         text = f.read()
     filled = {"title": escape(title), "body": body,
               "sound": json.dumps(list(sound)).replace("<", "\\u003c")}
-    for key, value in filled.items():
-        text = text.replace("{{" + key + "}}", value, 1)
+    # at once: what is filled in may look like a place to fill
+    text = re.sub(r"\{\{(\w+)\}\}", lambda found: filled[found[1]], text)
     runtime.write_atomically(text, path)
     print(f"page: {path}")
 
@@ -167,26 +170,29 @@ def beginning(path):
 
 
 def tags_of(path):
-    """(classes, [(start, scores)]) of a .json of tags along time."""
-    with open(path, encoding="utf-8") as f:
-        rows = json.load(f)
-    classes = sorted(tag["tag"] for tag in rows[0]["tags"])
-    found = []
-    for row in rows:
-        scores = {tag["tag"]: tag["score"] for tag in row["tags"]}
-        found.append((row["start"], [scores[name] for name in classes]))
-    return classes, found
+    """(classes, [(start, scores)]) of a .csv of tags along time."""
+    with open(path, encoding="utf-8", newline="") as f:
+        lines = csv.reader(f)
+        classes = next(lines)[2:]
+        return classes, [(float(line[0]), np.array(line[2:], float)) for line in lines]
 
 
 def song_page(folder):
     """The page of what listen.py has written into a folder."""
-    with open(os.path.join(folder, "listen.json"), encoding="utf-8") as f:
-        told = json.load(f)
-    if not told["finished"]:
+    path = os.path.join(folder, "listen.json")
+    try:
+        with open(path, encoding="utf-8") as f:
+            told = json.load(f)
+        finished = told["finished"]
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{path} is damaged, or not by listen.py: {e!r:.80}") from e
+    if not finished:
         raise ValueError(f"{folder} is not finished: run listen.py again")
     title = os.path.basename(told["song"])
-    facts = (f"{runtime.clock(told['seconds'])}, {told['rate']} Hz, {told['channels']} "
-             f"{'channel' if told['channels'] == 1 else 'channels'}")
+    facts = (f"{runtime.clock(told['seconds'])}, {told['rate']} Hz, channels: "
+             f"{told['channels']}")
+    if told["sources"] and told["seconds"] > SHOWN:
+        facts += f". Here are the first {SHOWN // 60} minutes."
     body = f'<h1>{escape(title)}</h1><p class="soft">{facts}</p>'
     body += "".join(f"<p>Note: {escape(note)}</p>" for note in told["notes"])
 
@@ -205,7 +211,7 @@ def song_page(folder):
         players_body, sound = players(waves, RATE)
         body += "<h2>Sources</h2>" + players_body
     for name in told["tags"]:
-        classes, rows = tags_of(os.path.join(folder, f"{name}.json"))
+        classes, rows = tags_of(os.path.join(folder, f"{name}.csv"))
         body += f"<h2>Tags: {escape(name)}</h2>" + tag_curves(classes, rows, told["seconds"])
         scores = told["tags"][name].items()
         body += folded("all tags", table(["tag", "mean score"], scores))
@@ -222,7 +228,7 @@ def command_of(script, config):
     known = runtime.defaults(os.path.join(HERE, script))
     changed = []
     for key, value in config.items():
-        if key in known and value != known[key]:
+        if key in known and value != known[key] and key not in ("resume", "overwrite"):
             value = ",".join(map(str, value)) if isinstance(value, list) else value
             changed.append(f"--{key}={value}")
     return "python " + shlex.join([script, *changed])
@@ -258,6 +264,14 @@ def scores_of(result):
     return body + folded("every class", table(list(result["per_class"][0]), rows))
 
 
+def excerpt(path):
+    """The waves of a separator's test song, float32."""
+    with np.load(path) as saved:
+        if "waves" not in saved:
+            raise ValueError(f"{path} has no sound, as older versions wrote it: run eval.py again")
+        return saved["waves"].astype(np.float32) / 2 ** 15
+
+
 def result_page(path):
     """The page of a .json file of eval.py or table.py, with the pictures next to it."""
     base, result, sound = path.removesuffix(".json"), report.read_result(path), []
@@ -279,19 +293,20 @@ def result_page(path):
     for ending in ("", "_classes", "_confusion", "_curves"):
         body += figure(f"{base}{ending}.png")
     if result["kind"] == "separator":
-        with np.load(f"{base}.npz") as saved:
-            waves = saved["waves"].astype(np.float32) / 2 ** 15             # (1 + 2 S, N)
+        waves = excerpt(f"{base}.npz")                                      # (1 + 2 S, N)
         names = ["mixture"]
         for source in result["sources"]:
             names += [f"{source}, estimate", f"{source}, truth"]
         listened, sound = players(dict(zip(names, waves, strict=True)), model.SAMPLE_RATE)
         body += "<h2>A test song</h2>" + listened
-    if "config" in result:
+    # released weights do not say how they were made
+    config = result.get("config", {})
+    if "out" in config:
         script = "pretrain_sep.py" if result["kind"] == "separator" else "finetune_cls.py"
         test = shlex.join([result["checkpoint"], f"--data={result['data']}",
-                           f"--split={result['split']}", f"--dtype={result['dtype']}"])
-        commands = [command_of(script, result["config"]), f"python eval.py {test}"]
-        body += made_by(commands, result["config"])
+                           f"--split={result['split']}",
+                           f"--dtype={result.get('dtype', 'float32')}"])
+        body += made_by([command_of(script, config), f"python eval.py {test}"], config)
     write(f"{base}.html", title, body, sound)
 
 

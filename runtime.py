@@ -19,6 +19,11 @@ import types
 import torch
 import torch.distributed as dist
 
+try:
+    import fcntl
+except ImportError:     # Windows has none
+    fcntl = None
+
 
 def die(message):
     """Ends the script with one line that says what is wrong and what to do."""
@@ -251,7 +256,7 @@ def check_numbers(config, *positive):
                 die(f"{key} must be a finite number, got {value}")
             if key in positive and number <= 0:
                 die(f"{key} must be above 0, got {value}")
-    within(0, 2 ** 32 - 1, seed=config["seed"])
+    within(0, 2 ** 32 - 1, seed=config.get("seed", 0))
 
 
 # -----------------------------------------------------------------------------
@@ -332,11 +337,25 @@ def compile_parts(parts, device):
 
 @contextlib.contextmanager
 def naming(path):
-    """A full disk does not say where it is full: its error gets the path."""
+    """A full disk does not say where it is full: an error without a path gets this one."""
     try:
         yield
     except OSError as e:
+        if e.filename and not str(e.filename).endswith(".tmp"):
+            raise
         raise OSError(e.errno, e.strerror, str(path)) from e
+
+
+def hold(folder):
+    """Holds the folder until this process, and all that it has started, is gone."""
+    os.makedirs(folder, exist_ok=True)
+    lock = os.open(os.path.join(folder, ".lock"), os.O_CREAT | os.O_RDWR)
+    try:
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        die(f"another process is at work in {folder}: wait for it, or stop it")
+    os.set_inheritable(lock, True)
 
 
 @contextlib.contextmanager

@@ -32,11 +32,6 @@ from data import Prepared
 from report import draw, read_result
 from runtime import die
 
-try:
-    import fcntl
-except ImportError:     # Windows has none
-    fcntl = None
-
 say = print             # below, print is a setting
 
 # -----------------------------------------------------------------------------
@@ -169,8 +164,10 @@ def finished(job):
     then = runtime.defaults(os.path.join(HERE, job.script)) | result["config"]
     now = settings_of(job)
     wrong = other_settings(then, now) or other_contents(then, now, kind, result.get("tested_on"))
-    if result.get("dtype", "float32") != test_dtype:
-        wrong = f"tested in {result.get('dtype', 'float32')}, now {test_dtype}"
+    tested_in = result.get("dtype", "float32")
+    if not wrong and tested_in != test_dtype:
+        die(f"{path} was tested in {tested_in}, not {test_dtype}: delete it, and the same command "
+            "tests the run again")
     if wrong:
         die(f"{path} was made with other settings ({wrong}): delete the files of that run, and it "
             "is made again; or choose another --out")
@@ -212,17 +209,6 @@ def data_hashes(folder, kind, fold):
 
 # -----------------------------------------------------------------------------
 # running
-
-def hold(folder):
-    """Holds the folder until this process, and all that it has started, is gone."""
-    lock = os.open(os.path.join(folder, ".lock"), os.O_CREAT | os.O_RDWR)
-    try:
-        if fcntl:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        die(f"runs of {folder} are still at work: wait for them, or stop them")
-    os.set_inheritable(lock, True)
-
 
 def start(command, job):
     """A process that runs one command of a job, with its share of the cores."""
@@ -441,7 +427,7 @@ def main():
     failed = []
     if jobs and left:
         os.makedirs(os.path.join(out, "runs"), exist_ok=True)
-        hold(out)
+        runtime.hold(out)
         say(f"{len(everything)} runs, {len(everything) - len(left)} are finished; {jobs} at a time")
         failed = run_all(left)
     done = [job for job in everything if job.row and finished(job)]

@@ -120,7 +120,8 @@ class Run:
 
     def begin(self, config):
         """Removes leftovers and opens the log; the process that writes calls this, once."""
-        self.send, self.report = tracker(config["track"], self.out, config), config["report"]
+        first = self.saved["step"] if self.saved else 0
+        self.send, self.report = tracker(config["track"], self.out, config, first), config["report"]
         for path in self.files:
             for leftover in glob.glob(glob.escape(path) + ".*.tmp"):
                 os.remove(leftover)  # of a run that was killed while it saved
@@ -145,14 +146,14 @@ class Run:
             print(f"note: no page for {self.log_path}: {type(e).__name__}: {e}")
 
 
-def tracker(name, out, config):
-    """A function that sends an entry of the log to tensorboard or wandb, if one is named."""
+def tracker(name, out, config, step):
+    """A function that sends entries of the log, from a step on, to tensorboard or wandb."""
     runtime.choose("track", name, ["", "tensorboard", "wandb"])
     folder = out.removesuffix(".pt")
     try:
         if name == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(folder)
+            board = SummaryWriter(folder, purge_step=step)      # what comes later is of no use
         if name == "wandb":
             import wandb
             board = wandb.init(project="music-sep-pretrain", name=folder, config=config)
@@ -164,8 +165,10 @@ def tracker(name, out, config):
     def send(entry):
         if name == "wandb":
             board.log(entry, step=entry["step"])
-        for key, value in entry.items() if name == "tensorboard" else ():
-            board.add_scalar(key, value, entry["step"])
+        if name == "tensorboard":
+            for key, value in entry.items():
+                board.add_scalar(key, value, entry["step"])
+            board.flush()
     return send
 
 

@@ -109,7 +109,7 @@ def walk(root):
     """
     def stop(e):
         raise ValueError(f"the folder {e.filename} cannot be read ({e.strerror}): make it "
-                         "readable, or move it out of --path")
+                         "readable, or move it away")
 
     seen, starts = set(), [root]
     for start in starts:

@@ -12,6 +12,7 @@ import soundfile as sf
 from conftest import RATE, REAL, encode, needs_real, tone, wav_header
 
 import audio
+import containers
 from audio import Broken, resample, to_int16
 
 
@@ -399,3 +400,55 @@ def test_every_odd_and_broken_file_is_read_or_reported():
         except Broken as e:
             assert str(e)
     assert read >= 12
+
+
+# -----------------------------------------------------------------------------
+# block by block, with all channels
+
+def blocks_of(file):
+    """(samples (C, N), rate, damage) of Blocks."""
+    with audio.Blocks(file) as song:
+        return np.concatenate(list(song), 1), song.rate, song.damage
+
+
+def written(kind, rate, samples):
+    f = io.BytesIO()
+    with audio.writer(f, kind, rate, len(samples)) as write:
+        for at in range(0, samples.shape[1], 5000):
+            write(samples[:, at:at + 5000])
+    return f.getvalue()
+
+
+@pytest.mark.parametrize("channels", range(1, 9))
+@pytest.mark.parametrize("kind", ["wav", "flac", "opus"])
+def test_what_is_written_is_read_with_all_its_channels(kind, channels):
+    samples = np.random.default_rng(0).normal(0, 3000, (channels, 30_077)).astype("<i2")
+    found, rate, damage = blocks_of(io.BytesIO(written(kind, 48_000, samples)))
+    assert rate == 48_000 and not damage and len(found) == channels
+    if kind != "opus":
+        assert np.array_equal(found * 32768, samples)
+    mean, _, _ = audio.read(io.BytesIO(written(kind, 48_000, samples)))
+    np.testing.assert_allclose(mean, found.mean(0), atol=1e-6)
+
+
+def test_a_change_between_mono_and_stereo_loses_nothing():
+    rng = np.random.default_rng(0)
+    parts = {n: written("mp3", 44_100, rng.normal(0, 3000, (n, 44_100 * 2)).astype("<i2"))
+             for n in (1, 2)}
+    for order in ((1, 2), (2, 1)):
+        raw = b"".join(parts[n] for n in order)
+        whole, _, _ = audio.read(io.BytesIO(raw))
+        found, rate, damage = blocks_of(io.BytesIO(raw))
+        assert len(found) == order[0] and abs(found.shape[1] - len(whole)) < 2000
+        assert found.shape[1] > 3.9 * rate and "converted" in damage[-1]
+
+
+def test_large_files_are_read_from_the_disk(tmp_path, monkeypatch):
+    samples = np.random.default_rng(0).normal(0, 3000, (1, 50_000)).astype("<i2")
+    raw = written("mp3", 16_000, samples)
+    tagged = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + raw + b"TAG" + bytes(125)
+    (tmp_path / "a.mp3").write_bytes(tagged)
+    want, rate, damage = audio.read(tmp_path / "a.mp3")
+    monkeypatch.setattr(containers, "LARGE", 100)
+    found, its_rate, its_damage = audio.read(tmp_path / "a.mp3")
+    assert np.array_equal(found, want) and (rate, damage) == (its_rate, its_damage) == (16_000, [])

@@ -83,8 +83,11 @@ def test_one_command_gives_sources_and_tags(nets, tmp_path):
     assert "is finished" in run("listen.py", *args)
     assert "other settings" in run("listen.py", *args, "--hop=1", ok=False)
     assert (folder / "vocals.wav").stat().st_mtime_ns == before
-    run("listen.py", *args, "--hop=1", "--overwrite=True")
+    run("listen.py", *args, "--hop=1", "--format=flac", "--overwrite=True")
     assert len(json.loads((folder / "tags.json").read_text())) == 3
+    # nothing of the old run is left beside the new
+    assert sorted(path.name for path in folder.glob("*.[wf]*")) == [
+        "accompaniment.flac", "vocals.flac"]
 
 
 @pytest.mark.parametrize("rate, channels, kind", [
@@ -169,7 +172,37 @@ def test_a_folder_that_is_not_ours_is_left_alone(nets, tmp_path):
     mine.parent.mkdir(parents=True)
     mine.write_bytes(b"mine")
     said = run("listen.py", song, f"--separator={nets['vocals']}", f"--out={tmp_path}/o", ok=False)
-    assert "has not made it" in said and mine.read_bytes() == b"mine"
+    assert "has not made them" in said and mine.read_bytes() == b"mine"
+
+
+def test_another_song_of_the_same_name_and_size_is_not_finished(nets, tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        song_at(tmp_path / name / "mix.wav", 1, seed=ord(name))
+    args = [f"--tagger={nets['tags']}", f"--out={tmp_path}/o"]
+    run("listen.py", tmp_path / "a" / "mix.wav", *args)
+    assert "from another file" in run("listen.py", tmp_path / "b" / "mix.wav", *args, ok=False)
+
+
+def test_a_song_that_failed_can_be_tried_with_other_settings(nets, tmp_path):
+    song = song_at(tmp_path / "a.wav", 1, channels=3)
+    args = ["listen.py", song, f"--separator={nets['vocals']}", f"--out={tmp_path}/o"]
+    run(*args, "--format=mp3", ok=False)
+    run(*args, "--format=wav")
+    assert (tmp_path / "o" / "a" / "vocals.wav").exists()
+
+
+def test_names_in_a_checkpoint_cannot_lead_out_of_the_folder(nets, tmp_path):
+    song, out = song_at(tmp_path / "a.wav", 1), f"--out={tmp_path}/o"
+    for sources in (["../x"], ["/tmp/x"], ["remainder"], ["a", "a"], [""]):
+        net = model.Separator(sources, NARROW)
+        torch.save({"kind": "separator", "args": net.args, "model": net.state_dict(), "step": 1,
+                    "config": {}}, tmp_path / "bad.pt")
+        said = run("listen.py", song, f"--separator={tmp_path}/bad.pt", out, ok=False)
+        assert "bad.pt: " in said and "name" in said
+    (tmp_path / "listen.pt").write_bytes(nets["tags"].read_bytes())
+    said = run("listen.py", song, f"--tagger={tmp_path}/listen.pt", out, ok=False)
+    assert "'listen' is taken" in said and not (tmp_path / "o").exists()
 
 
 def test_wrong_settings_are_one_line(nets, tmp_path):

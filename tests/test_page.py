@@ -149,6 +149,12 @@ def test_a_browser_plays_all_tracks_in_step_without_a_complaint(heard, tmp_path)
         assert browser.value("now()") == 0 and not browser.complaints
 
 
+def test_a_name_that_looks_like_a_place_to_fill_is_text(tmp_path):
+    page.write(tmp_path / "a.html", "{{sound}} caf\udce9", "<p>{{title}}</p>")
+    text = (tmp_path / "a.html").read_text()
+    assert "<title>{{sound}} caf?</title>" in text and "<p>{{title}}</p>" in text
+
+
 def test_long_songs_are_cut_in_the_page_and_nowhere_else(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "SHOWN", 2)
     sound(tmp_path / "a.wav", 5, 8000)

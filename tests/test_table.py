@@ -185,7 +185,7 @@ def test_two_tables_do_not_share_a_folder(config, tmp_path):
         time.sleep(0.05)
     process.kill()          # its run goes on, and holds the folder
     process.wait()
-    assert "are still at work" in run("table.py", config, f"--out={tmp_path}", ok=False)
+    assert "another process is at work" in run("table.py", config, f"--out={tmp_path}", ok=False)
 
 
 def test_commands_for_a_cluster_are_one_line_each(config, tmp_path):
