@@ -154,7 +154,8 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):
     for name in ("a.pt.123.tmp", "a.resume.9.tmp", "b.pt.123.tmp"):
         (tmp_path / name).write_text("half")
-    training.Run(str(tmp_path / "a.pt"), False, False).begin()
+    config = {"track": "", "report": False}
+    training.Run(str(tmp_path / "a.pt"), False, False).begin(config)
     assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "b.pt.123.tmp"]
 
 
