@@ -249,7 +249,7 @@ def is_done(file, folder, made_with):
     return told["finished"] and told["made_with"] == made_with and not overwrite
 
 
-def begin(file, folder, made_with, files):
+def note_begun(file, folder, made_with, files):
     """Notes that a song is begun, after deleting what an earlier attempt has left."""
     old = read_marker(folder)
     for name in old["files"] if old else []:
@@ -271,7 +271,7 @@ def listen_to(file, folder, net, taggers, made_with, stop):
     files += [f"{name}.{ending}" for name in taggers for ending in ("json", "csv")]
     with contextlib.ExitStack() as stack:
         song = stack.enter_context(audio.Blocks(file))
-        told, writers = begin(file, folder, made_with, files), {}
+        told, writers = note_begun(file, folder, made_with, files), {}
         for name in sources:
             path = os.path.join(folder, f"{name}.{format}")
             f = stack.enter_context(runtime.atomic(path, "wb"))

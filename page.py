@@ -83,7 +83,7 @@ def mel_levels(wave):
     """Mono (N,) at 16 kHz -> decibels of its mel spectrogram (128, at most 1000)."""
     wave = torch.from_numpy(wave)
     wave = torch.nn.functional.pad(wave, (0, max(0, model.WIN - len(wave))))
-    mel = model.stft(wave[None])[0, :, :model.BINS].abs() @ model.mel_filters()     # (T, M)
+    mel = model.magnitudes(wave[None])[0] @ model.mel_filters()     # (T, M)
     groups = torch.tensor_split(mel, min(COLUMNS, len(mel)))
     mel = torch.stack([group.mean(0) for group in groups], 1)       # (M, columns)
     return (20 * torch.log10(mel + model.EPS)).numpy()
