@@ -133,8 +133,8 @@ def listen(song, net, taggers, writers, bar, stop):
         if taggers:
             wave = audio.resample(samples.mean(0), song.rate, SAMPLE_RATE)
             where = [x * SAMPLE_RATE // song.rate for x in (at, begin, length)]
-            for name, (tagger, _) in taggers.items():
-                scores[name].append(tag_rows(tagger, wave, *where))
+            for name, (other, _) in taggers.items():
+                scores[name].append(tag_rows(other, wave, *where))
         seconds = whole.shape[1] / song.rate
         bar.total = bar.total and max(bar.total, bar.n + seconds)   # headers are wrong at times
         bar.update(seconds)
@@ -220,23 +220,9 @@ def find_songs(paths):
     return found
 
 
-def read_marker(folder):
-    """What listen.json of a folder says; None if there is none. ValueError if it is damaged."""
-    path = os.path.join(folder, "listen.json")
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        try:
-            told = json.load(f)
-            told["made_with"], told["finished"], told["files"]
-        except (ValueError, TypeError, KeyError) as e:
-            raise ValueError(f"{path} is damaged: delete {folder}, and listen again") from e
-    return told
-
-
 def is_done(file, folder, made_with):
     """Whether a song is finished. Ends the script if the folder holds anything else."""
-    told = read_marker(folder)
+    told = page.read_marker(folder)
     if told is None:
         mine = os.path.isdir(folder) and any(entry.is_file() for entry in os.scandir(folder))
         if mine and not overwrite:
@@ -251,7 +237,7 @@ def is_done(file, folder, made_with):
 
 def note_begun(file, folder, made_with, files):
     """Notes that a song is begun, after deleting what an earlier attempt has left."""
-    old = read_marker(folder)
+    old = page.read_marker(folder)
     for name in old["files"] if old else []:
         leftovers = glob.glob(glob.escape(os.path.join(folder, name)) + ".*.tmp")
         for path in (os.path.join(folder, name), *leftovers):
@@ -289,8 +275,8 @@ def listen_to(file, folder, net, taggers, made_with, stop):
     for note in notes:
         print(f"note: {file}: {note}")
     for name, rows in scores.items():
-        tagger, classes = taggers[name]
-        write_tags(os.path.join(folder, name), tagger, classes, rows)
+        other, classes = taggers[name]
+        write_tags(os.path.join(folder, name), other, classes, rows)
         mean = rows.mean(0)
         best = np.argsort(-mean, kind="stable")
         told["tags"][name] = {classes[i]: round(float(mean[i]), 4) for i in best}

@@ -177,18 +177,40 @@ def tags_of(path):
         return classes, [(float(line[0]), np.array(line[2:], float)) for line in lines]
 
 
+def read_marker(folder):
+    """What listen.json of a folder says; None if there is none. ValueError if it is damaged."""
+    path = os.path.join(folder, "listen.json")
+    if not os.path.exists(path):
+        return None
+    with open(path, encoding="utf-8") as f:
+        try:
+            told = json.load(f)
+            told["made_with"], told["finished"], told["files"]
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{path} is damaged: delete {folder}, and listen again") from e
+    return told
+
+
+def song_players(folder, told):
+    """What players() returns of a song and its sources."""
+    waves = {}
+    for name in ("mixture", *told["sources"]):
+        file = told["song"]
+        if name != "mixture":
+            file = os.path.join(folder, f"{name}.{told['made_with']['format']}")
+        waves[name] = audio.resample(*beginning(file), RATE)
+    shortest = min(map(len, waves.values()))            # mp3 and opus end a little later
+    return players({name: wave[:shortest] for name, wave in waves.items()}, RATE)
+
+
 def song_page(folder):
     """The page of what listen.py has written into a folder."""
-    path = os.path.join(folder, "listen.json")
-    try:
-        with open(path, encoding="utf-8") as f:
-            told = json.load(f)
-        finished = told["finished"]
-    except (ValueError, TypeError, KeyError) as e:
-        raise ValueError(f"{path} is damaged, or not by listen.py: {e!r:.80}") from e
-    if not finished:
+    told = read_marker(folder)
+    if told is None:
+        raise ValueError(f"{folder} has no listen.json: it is not by listen.py")
+    if not told["finished"]:
         raise ValueError(f"{folder} is not finished: run listen.py again")
-    title = os.path.basename(told["song"])
+    title, sound = os.path.basename(told["song"]), []
     facts = (f"{runtime.clock(told['seconds'])}, {told['rate']} Hz, channels: "
              f"{told['channels']}")
     if told["sources"] and told["seconds"] > SHOWN:
@@ -196,25 +218,13 @@ def song_page(folder):
     body = f'<h1>{escape(title)}</h1><p class="soft">{facts}</p>'
     body += "".join(f"<p>Note: {escape(note)}</p>" for note in told["notes"])
 
-    sound = []
     if told["sources"]:
-        waves = {}
-        mixture, rate = beginning(told["song"])
-        for name in ("mixture", *told["sources"]):
-            wave, its_rate = mixture, rate
-            if name != "mixture":
-                file = os.path.join(folder, f"{name}.{told['made_with']['format']}")
-                wave, its_rate = beginning(file)
-            waves[name] = audio.resample(wave, its_rate, RATE)
-        shortest = min(map(len, waves.values()))            # mp3 and opus end a little later
-        waves = {name: wave[:shortest] for name, wave in waves.items()}
-        players_body, sound = players(waves, RATE)
-        body += "<h2>Sources</h2>" + players_body
-    for name in told["tags"]:
+        tracks, sound = song_players(folder, told)
+        body += "<h2>Sources</h2>" + tracks
+    for name, means in told["tags"].items():
         classes, rows = tags_of(os.path.join(folder, f"{name}.csv"))
         body += f"<h2>Tags: {escape(name)}</h2>" + tag_curves(classes, rows, told["seconds"])
-        scores = told["tags"][name].items()
-        body += folded("all tags", table(["tag", "mean score"], scores))
+        body += folded("all tags", table(["tag", "mean score"], means.items()))
     settings = [(key, json.dumps(value)) for key, value in told["made_with"].items()]
     body += folded("how this was made", table(["", ""], settings))
     write(os.path.join(folder, "song.html"), title, body, sound)
@@ -264,6 +274,25 @@ def scores_of(result):
     return body + folded("every class", table(list(result["per_class"][0]), rows))
 
 
+def scores_of_row(entry):
+    """One row of a table of table.py, and what it differs from the baselines."""
+    shown = {key: f"{np.mean(values):.3f}" for key, values in entry["metrics"].items()}
+    for other, found in entry["differences"].items():
+        for key, (mean, low, high, _) in found.items():
+            shown[f"{key} minus {other}"] = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
+    title = f"{entry['task']}, {entry['labels']:.0%}: {entry['row']}, {entry['runs']} runs"
+    return f"<h2>{escape(title)}</h2>" + table(["", ""], shown.items())
+
+
+def result_players(base, sources):
+    """What players() returns of a separator's test song: the waves that eval.py has kept."""
+    names = ["mixture"]
+    for source in sources:
+        names += [f"{source}, estimate", f"{source}, truth"]
+    waves = excerpt(f"{base}.npz")                                          # (1 + 2 S, N)
+    return players(dict(zip(names, waves, strict=True)), model.SAMPLE_RATE)
+
+
 def excerpt(path):
     """The waves of a separator's test song, float32."""
     with np.load(path) as saved:
@@ -280,25 +309,15 @@ def result_page(path):
     title = result.get("checkpoint") or base
     body = f"<h1>{escape(title)}</h1>"
     if result["kind"] == "table":
-        for entry in result["entries"]:
-            shown = {key: f"{np.mean(values):.3f}" for key, values in entry["metrics"].items()}
-            for other, found in entry["differences"].items():
-                for key, (mean, low, high, _) in found.items():
-                    shown[f"{key} minus {other}"] = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-            body += f"<h2>{escape(entry['task'])}, {entry['labels']:.0%}: {escape(entry['row'])}"
-            body += f", {entry['runs']} runs</h2>" + table(["", ""], shown.items())
+        body += "".join(map(scores_of_row, result["entries"]))
     else:
         body += f'<p class="soft">{escape(result["data"])}, {escape(result["split"])}</p>'
         body += scores_of(result)
     for ending in ("", "_classes", "_confusion", "_curves"):
         body += figure(f"{base}{ending}.png")
     if result["kind"] == "separator":
-        waves = excerpt(f"{base}.npz")                                      # (1 + 2 S, N)
-        names = ["mixture"]
-        for source in result["sources"]:
-            names += [f"{source}, estimate", f"{source}, truth"]
-        listened, sound = players(dict(zip(names, waves, strict=True)), model.SAMPLE_RATE)
-        body += "<h2>A test song</h2>" + listened
+        tracks, sound = result_players(base, result["sources"])
+        body += "<h2>A test song</h2>" + tracks
     # released weights do not say how they were made
     config = result.get("config", {})
     if "out" in config:
