@@ -355,6 +355,7 @@ def main():
     optimizer = make_optimizer(net, phase)
     if run.saved:
         optimizer.load_state_dict(run.saved["optimizer"])
+    floor = training.floor_per_crop(net, net.crop, torch_device)
     if compile:
         runtime.compile_parts(parts.values(), torch_device)
     run.begin(config)
@@ -369,7 +370,7 @@ def main():
         return train_clips.batch(epoch, order[at * batch_size:(at + 1) * batch_size])
 
     batches = prefetch(crops, range(first, steps), workers, torch_device.startswith("cuda"))
-    meter = training.Meter(run.saved.get("meter") if run.saved else None)
+    meter = training.Meter(run.saved.get("meter") if run.saved else None, floor)
     stop = runtime.Stop()
     began = time.time()
     net.train()
@@ -449,8 +450,9 @@ def main():
         if done % log_every == 0 or done % per_epoch == 0:
             seen = meter.read(done, batch_size)
             run.log(f"epoch {epoch:3d} step {done:6d} | loss {seen['loss']:.5f} | lr {lr:.2e} | "
-                    f"{seen['clips_per_s']:.1f} clips/s | waiting for data "
-                    f"{100 * seen['data_wait']:.0f}%", epoch=epoch, step=done, lr=lr, **seen)
+                    f"{seen['clips_per_s']:.1f} clips/s, {seen['matmul_share']:.0%} of matmul | "
+                    f"waiting for data {seen['data_wait']:.0%}",
+                    epoch=epoch, step=done, lr=lr, **seen)
 
     note = ", before any training: nothing was learnt" if best_epoch == 0 else ""
     print(f"best validation loss {best:.5f}, after epoch {best_epoch}{note}; "

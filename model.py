@@ -111,8 +111,8 @@ def log_compress(x):
 def two_convs(c_in, c_out, momentum):
     """2 x [BatchNorm, LeakyReLU, Conv3x3]: normalised before the convolution, the input too."""
     return nn.Sequential(
-        norm(c_in, momentum), nn.LeakyReLU(0.01), nn.Conv2d(c_in, c_out, 3, padding=1),
-        norm(c_out, momentum), nn.LeakyReLU(0.01), nn.Conv2d(c_out, c_out, 3, padding=1))
+        norm(c_in, momentum), nn.LeakyReLU(0.01, True), nn.Conv2d(c_in, c_out, 3, padding=1),
+        norm(c_out, momentum), nn.LeakyReLU(0.01, True), nn.Conv2d(c_out, c_out, 3, padding=1))
 
 
 class DecoderBlock(nn.Module):

@@ -153,6 +153,7 @@ def main():
         net.load_state_dict(run.saved["model"])
         optimizer.load_state_dict(run.saved["optimizer"])
         scaler.load_state_dict(run.saved["scaler"])
+    floor = training.floor_per_crop(net, model.CROP, torch_device) / world
     if compile:
         runtime.compile_parts([net.unet], torch_device)
     forward = net
@@ -169,7 +170,7 @@ def main():
         return train_mixes.batch((number * world + rank) * micro, micro)
 
     batches = prefetch(crops, range(first * accumulate, steps * accumulate), workers, pin=on_gpu)
-    meter = training.Meter(run.saved.get("meter") if run.saved else None)
+    meter = training.Meter(run.saved.get("meter") if run.saved else None, floor)
     stop = runtime.Stop()
     began = time.time()
     net.train()
@@ -245,8 +246,8 @@ def main():
             left = (time.time() - began) / (done - first) * (steps - done)
             if writes:
                 run.log(f"step {done:6d}/{steps} | loss {seen['loss']:.5f} | lr {lr:.2e} | "
-                        f"{seen['clips_per_s']:.1f} clips/s | waiting for data "
-                        f"{100 * seen['data_wait']:.0f}% | ETA {runtime.clock(left)}",
+                        f"{seen['clips_per_s']:.1f} clips/s, {seen['matmul_share']:.0%} of matmul "
+                        f"| waiting for data {seen['data_wait']:.0%} | ETA {runtime.clock(left)}",
                         step=done, lr=lr, eta_s=round(left), **seen)
 
     if writes:

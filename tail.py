@@ -34,8 +34,8 @@ class TailBlock(nn.Module):
         if join == "concat":
             c_in = c_in + c_skip
         self.convs = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out, momentum), nn.ReLU(),
-            nn.Conv2d(c_out, c_out, 3, padding=1), norm(c_out, momentum), nn.ReLU())
+            nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out, momentum), nn.ReLU(True),
+            nn.Conv2d(c_out, c_out, 3, padding=1), norm(c_out, momentum), nn.ReLU(True))
 
     def forward(self, x, skip=None):
         if self.join:

@@ -2,7 +2,7 @@
 What both training loops need: the mean of the losses, and the files of a run.
 
     run = training.Run("ckpt/vocals.pt", resume, overwrite)     # run.saved: what to go on from
-    meter = training.Meter()
+    meter = training.Meter(floor=training.floor_per_crop(net, crop, device))
 """
 import glob
 import hashlib
@@ -13,16 +13,54 @@ import subprocess
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import runtime
 from model import read_checkpoint
 from runtime import die
 
 
-class Meter:
-    """Mean loss, speed and waiting since the last log line; `saved` is the state() at a stop."""
+@torch.no_grad()
+def flops_per_crop(net, crop, device):
+    """Arithmetic operations to train on a crop of so many samples.
 
-    def __init__(self, saved=None):
+    A forward pass, and twice as much for the gradients of inputs and weights.
+    """
+    net.eval()
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, crop, device=device))
+    net.train()
+    return 3 * counter.get_total_flops()
+
+
+@torch.no_grad()
+def matmul_rate(device, amp_dtype):
+    """Operations a second of a large matrix product, as measured here: the floor of any training.
+
+    The best of five, as others may be at work on the same cores.
+    """
+    n = 8192 if device.startswith("cuda") else 2048
+    x, took = torch.randn(n, n, device=device, dtype=amp_dtype or torch.float32), []
+    for _ in range(6):
+        began = time.perf_counter()
+        (x @ x)[0, 0].item()                # reading a number waits for the GPU
+        took.append(time.perf_counter() - began)
+    return 2 * n ** 3 / min(took[1:])
+
+
+def floor_per_crop(net, crop, device):
+    """Seconds to train on a crop if all its arithmetic were one large matrix product."""
+    return flops_per_crop(net, crop, device) / matmul_rate(device, net.amp_dtype)
+
+
+class Meter:
+    """Mean loss, speed and waiting since the last log line; `saved` is the state() at a stop.
+
+    floor: seconds per crop to compare the speed with.
+    """
+
+    def __init__(self, saved=None, floor=0.0):
+        self.floor = floor
         self.reset()
         if saved:
             self.loss, self.count, self.waited = saved["loss"], saved["count"], saved["waited"]
@@ -44,12 +82,17 @@ class Meter:
         self.count += 1
 
     def read(self, step, batch_size):
-        """{loss, clips_per_s, data_wait}, then begins again. Ends the script at a NaN in any."""
+        """{loss, clips_per_s, matmul_share, data_wait}, then begins again. Ends the script at NaN.
+
+        matmul_share: of the speed that one large matrix product has here (nanoGPT's mfu).
+        """
         loss, spent = float(self.loss) / self.count, time.time() - self.began
         if not math.isfinite(loss):
             die(f"the loss is {loss} at step {step}: lower learning_rate, set grad_clip, or use "
                 "--dtype=float32 or bfloat16")
-        found = {"loss": loss, "clips_per_s": round(self.count * batch_size / spent, 2),
+        clips_per_s = self.count * batch_size / spent
+        found = {"loss": loss, "clips_per_s": round(clips_per_s, 2),
+                 "matmul_share": round(clips_per_s * self.floor, 4),
                  "data_wait": round(self.waited / spent, 4)}
         self.reset()
         return found

@@ -27,6 +27,8 @@ rows = {
     "scratch": "",
     "vocals": "--init={vocals} --unet_lr=0.1",
     "three": "--init={three} --unet_lr=0.1",
+    # both halves have learnt already: half the epochs
+    "joined": "--variant=v3 --init={three} --tail={tail} --unet_lr=0.1 --epochs=8",
 }
 labels = {1.0: "", 0.25: "--epochs=24"}
 folds = [0, 1, 2, 3]

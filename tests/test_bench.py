@@ -1,0 +1,56 @@
+"""What bench.py says of a network."""
+import torch
+import torch.nn as nn
+from conftest import NARROW, TAIL, run
+
+import bench
+import model
+import training
+
+
+def flops_by_hand(net, crop):
+    """Multiplications and additions of the convolutions and dense layers, by a plain loop."""
+    total = []
+
+    def count(module, args, out):
+        if isinstance(module, nn.Linear):
+            total.append(2 * module.in_features * out.numel())
+        elif isinstance(module, nn.ConvTranspose2d):
+            total.append(2 * module.weight[0].numel() * args[0].numel())
+        else:
+            total.append(2 * module.weight[0].numel() * out.numel())
+
+    for module in net.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        net.eval()(torch.zeros(1, crop))
+    return sum(total)
+
+
+def test_arithmetic_is_counted():
+    net = model.Classifier(5, True, "v3", widths=NARROW, tail_widths=TAIL)
+    by_hand = flops_by_hand(net, model.CROP)
+    mel = 2 * 2 * 384 * 256 * 128           # of the mixture and of one source
+    assert training.flops_per_crop(net, model.CROP, "cpu") == 3 * (by_hand + mel)
+
+
+def test_one_line_per_network(demo):
+    args = ["--size=demo", "--steps=1", "--song=4", "--batch_size=2"]
+    said = run(["bench.py"], "--networks=separator,tail", *args).splitlines()
+    heads, first, second = (row.strip("| ").split(" | ") for row in (said[2], said[4], said[5]))
+    assert [head.strip() for head in heads] == list(bench.HEADS)
+    assert (first[0].strip(), second[0].strip()) == ("separator", "tail")
+    assert all(float(value.strip(" %")) >= 0 for value in first[1:] + second[1:])
+    assert float(first[2]) > 0 and float(first[9]) > 0
+
+    # real data: separators take stems, and say so of clips
+    said = run(["bench.py"], "--networks=separator4", *args, f"--data={demo}/demo_songs")
+    assert "separator4" in said
+    assert "stems" in run(["bench.py"], "--networks=separator4", *args, f"--data={demo}/demo_clips",
+                          ok=False)
+
+
+def test_a_wrong_setting_is_one_line():
+    assert "networks must be one of" in run("bench.py", "--networks=unet", ok=False)
+    assert "size must be one of" in run("bench.py", "--size=tiny", ok=False)
