@@ -83,7 +83,7 @@ track = ""                      # send the log to tensorboard or wandb too
 # system
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
-compile = True                  # torch.compile U-Net and tail
+compile = True                  # torch.compile U-Net and tail, on a GPU; a CPU has fused.cpp
 workers = 2                     # threads that cut crops ahead; 0: none
 # -----------------------------------------------------------------------------
 
@@ -356,7 +356,7 @@ def main():
     if run.saved:
         optimizer.load_state_dict(run.saved["optimizer"])
     floor = training.floor_per_crop(net, net.crop, torch_device)
-    if compile:
+    if compile and torch_device != "cpu":
         runtime.compile_parts(parts.values(), torch_device)
     run.begin(config)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)

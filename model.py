@@ -17,13 +17,15 @@ bands, K crops or windows.
 """
 import math
 import os
+from collections import OrderedDict
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import tf_checkpoint
-from tail import Tail, Transformer, norm
+from fused import NormLeaky
+from tail import Tail, Transformer
 
 SAMPLE_RATE = 16000
 WIN, HOP = 512, 160
@@ -110,9 +112,10 @@ def log_compress(x):
 
 def two_convs(c_in, c_out, momentum):
     """2 x [BatchNorm, LeakyReLU, Conv3x3]: normalised before the convolution, the input too."""
-    return nn.Sequential(
-        norm(c_in, momentum), nn.LeakyReLU(0.01, True), nn.Conv2d(c_in, c_out, 3, padding=1),
-        norm(c_out, momentum), nn.LeakyReLU(0.01, True), nn.Conv2d(c_out, c_out, 3, padding=1))
+    # named as if BatchNorm and LeakyReLU were two, as in older checkpoints
+    return nn.Sequential(OrderedDict({
+        "0": NormLeaky(c_in, 0.01, momentum), "2": nn.Conv2d(c_in, c_out, 3, padding=1),
+        "3": NormLeaky(c_out, 0.01, momentum), "5": nn.Conv2d(c_out, c_out, 3, padding=1)}))
 
 
 class DecoderBlock(nn.Module):

@@ -53,7 +53,7 @@ track = ""                      # send the log to tensorboard or wandb too
 # system
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
-compile = True                  # torch.compile the U-Net
+compile = True                  # torch.compile the U-Net, on a GPU; a CPU has fused.cpp
 workers = 2                     # threads that mix ahead; 0: none
 # -----------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ def main():
         optimizer.load_state_dict(run.saved["optimizer"])
         scaler.load_state_dict(run.saved["scaler"])
     floor = training.floor_per_crop(net, model.CROP, torch_device) / world
-    if compile:
+    if compile and torch_device != "cpu":
         runtime.compile_parts([net.unet], torch_device)
     forward = net
     if world > 1:

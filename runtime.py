@@ -317,7 +317,10 @@ def keep_freed_memory():
 
 
 def compile_parts(parts, device):
-    """Compiles the modules in place, if torch.compile works here; else says so in one line."""
+    """Compiles the modules in place, if torch.compile works here; else says so in one line.
+
+    On a CPU this takes over a minute, and the steps are no faster than with fused.cpp.
+    """
     # torch.compile() never fails, its first call does (no C++ compiler, no Triton, an old GPU)
     probe = torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.LeakyReLU()).to(device)

@@ -7,17 +7,17 @@ Transformer is a ViT (Gong et al. 2021's AST). Decoder outputs of the U-Net join
 Letters in shapes: B batch, S sources, C channels, T frames, F frequency bins, M mel bands, P
 patches, D width of the transformer.
 """
+from collections import OrderedDict
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from fused import NormLeaky
+
 PATCH = 16              # frames and mel bands of a patch
 DROPOUT = 0.1           # in the transformer
-
-
-def norm(channels, momentum):
-    return nn.BatchNorm2d(channels, eps=1e-3, momentum=momentum)
 
 
 class TailBlock(nn.Module):
@@ -33,9 +33,10 @@ class TailBlock(nn.Module):
             self.adapter = nn.Conv2d(c_skip, c_in, 1)
         if join == "concat":
             c_in = c_in + c_skip
-        self.convs = nn.Sequential(
-            nn.Conv2d(c_in, c_out, 3, padding=1), norm(c_out, momentum), nn.ReLU(True),
-            nn.Conv2d(c_out, c_out, 3, padding=1), norm(c_out, momentum), nn.ReLU(True))
+        # named as if BatchNorm and ReLU were two, as in older checkpoints
+        self.convs = nn.Sequential(OrderedDict({
+            "0": nn.Conv2d(c_in, c_out, 3, padding=1), "1": NormLeaky(c_out, 0.0, momentum),
+            "3": nn.Conv2d(c_out, c_out, 3, padding=1), "4": NormLeaky(c_out, 0.0, momentum)}))
 
     def forward(self, x, skip=None):
         if self.join:

@@ -12,4 +12,3 @@ lr_decay = 0.8
 val_every = 125
 val_mixes = 32
 log_every = 25
-compile = False    # compiling takes longer than it saves here

@@ -11,4 +11,3 @@ learning_rate = 2e-3  # a U-Net that is trained already wants less: --unet_lr=0.
 batch_size = 8
 chunk = 0             # all clips in every epoch
 epochs = 8            # x 12 batches of 8
-compile = False       # compiling takes longer than it saves here

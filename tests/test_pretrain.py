@@ -115,23 +115,6 @@ def test_reduced_precision_trains(demo, separator, tmp_path, dtype):
     assert reduced == pytest.approx(exact, rel=0.05) and reduced != exact
 
 
-def test_compiled_and_eager_training_agree(demo, tmp_path):
-    losses = {}
-    for on in (False, True):
-        text = pretrain(demo, tmp_path / f"{on}.pt", "--steps=2", "--widths=4,4", f"--compile={on}")
-        losses[on] = [entry["loss"] for entry in log_of(tmp_path / f"{on}.pt") if "loss" in entry]
-    assert "does not work here" not in text or not shutil.which("c++")
-    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
-    names = [weights_of(tmp_path / f"{on}.pt").keys() for on in (False, True)]
-    assert names[0] == names[1]  # no "_orig_mod."
-
-
-def test_training_goes_on_where_compiling_does_not_work(demo, tmp_path):
-    text = pretrain(demo, tmp_path / "a.pt", "--steps=1", "--compile=True",
-                    env={"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c")})
-    assert text.count("torch.compile does not work here") == 1 and (tmp_path / "a.pt").exists()
-
-
 def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(demo, tmp_path):
     said = pretrain(demo, tmp_path / "a.pt", "--steps=6", "--learning_rate=1e30", ok=False)
     assert "lower learning_rate" in said
