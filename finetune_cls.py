@@ -13,6 +13,8 @@ Attaches a tail to a U-Net and trains the whole to tag music or name its genre (
     python finetune_cls.py config/own_tags.py --data=data/mine --init=ckpt/vocals.pt
                                                             # your own clips
     python finetune_cls.py config/mtat.py --resume=True     # go on after a stop, to the same bits
+    torchrun --standalone --nproc_per_node=4 finetune_cls.py config/mtat.py
+                                                            # four GPUs divide the same batch
 
 Writes ckpt/<configs>.pt (best validation loss), ckpt/<configs>.resume (to go on from) and
 ckpt/<configs>.jsonl (the log). Ctrl-C and SIGTERM save after the current step, then stop.
@@ -21,12 +23,15 @@ import math
 import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import model
 import runtime
 import training
 from data import Clips, Prepared, prefetch
+from fused import synchronise
 from runtime import die
 from tail import load_vit
 
@@ -52,6 +57,7 @@ tail_widths = []                # channels of the seven tail blocks; empty: thos
 dropout = 0.5                   # before the last layer
 mel_of_log = False              # the authors' v1 front end: mel of the log, not log of the mel
 bn_momentum = 0.01              # of the BatchNorm statistics; 0.01 here is 0.99 in Keras
+sync_batchnorm = False          # statistics of all processes together, not of each one's part
 transformer = [768, 12, 12]     # ast: width, layers, heads
 frames = 0                      # ast: of a crop; 0: 768
 batch_scale = False             # ast: scale the input by the batch, as the authors do
@@ -63,7 +69,7 @@ pool = ""                       # max or avg; empty: as in init, else max (the a
 # optimisation
 recipe = "paper"                # paper: Adam, SGD from the best weights; modern: AdamW, cosine;
                                 # ast: Adam at rates that are halved, then SGD
-batch_size = 16                 # clips, one random crop of each; at least 2
+batch_size = 16                 # clips, one random crop of each, over all processes
 chunk = 1024                    # an epoch is whole chunks of so many clips; 0: all whole batches
 epochs = 200                    # at most
 learning_rate = 1e-4            # Adam or AdamW
@@ -93,7 +99,7 @@ ALONE = {"v3": "tail", "ast": "ast_tail"}
 FIRST_KERNEL = {"v3": "blocks.0.convs.0.weight", "ast": "patches.weight"}
 
 
-def check_settings(config):
+def check_settings(config, world):
     """Ends the script at a setting that cannot work, before anything is trained or saved."""
     if any(type(width) is not int for width in tail_widths):
         die(f"tail_widths must be whole numbers, got {tail_widths}")
@@ -103,7 +109,7 @@ def check_settings(config):
     runtime.choose("pool", pool, ["", "max", "avg"])
     runtime.choose("dtype", dtype, runtime.AMP_DTYPES)
     runtime.choose("freeze", freeze, ["", "unet", "tail"])
-    runtime.at_least(2, batch_size=batch_size)      # BatchNorm cannot train on one clip
+    runtime.at_least(2, batch_size=batch_size)
     runtime.at_least(1, val_crops=val_crops, log_every=log_every)
     runtime.at_least(-1, fold=fold)
     runtime.at_least(0, epochs=epochs, workers=workers, chunk=chunk, patience=patience,
@@ -112,6 +118,9 @@ def check_settings(config):
     runtime.within(0, 1, dropout=dropout, warmup=warmup, bn_momentum=bn_momentum)
     runtime.within(0, 5, skips=skips)
     runtime.within(1e-9, 1, label_fraction=label_fraction)
+    if batch_size % world or batch_size // world < 2:
+        die(f"batch_size={batch_size} must be at least 2 clips for each of {world} processes, as "
+            "many for each")        # BatchNorm cannot train on one clip
     if not sources:
         die("sources must name at least one mask")
     if variant in ALONE.values() and (init or tail or freeze):
@@ -139,11 +148,11 @@ def crop_losses(logits, targets, multilabel):
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
-def validate(net, clips, device):
-    """Mean loss over clips, of the mean over their crops."""
+def validate(net, clips, device, rank, world):
+    """Mean loss over clips, of the mean over their crops; the processes divide the clips."""
     net.eval()
     total = 0.0
-    for at in range(0, len(clips), batch_size):
+    for at in range(rank * batch_size, len(clips), world * batch_size):
         numbers = range(at, min(at + batch_size, len(clips)))
         crops = [clips.crops(n, val_crops) for n in numbers]        # B x (K, 61792)
         counts = [len(c) for c in crops]
@@ -152,7 +161,7 @@ def validate(net, clips, device):
         logits = net(torch.cat(crops).to(device))                   # (B * K, classes)
         losses = crop_losses(logits, targets, clips.multilabel)     # (B * K,)
         total += sum(part.mean().item() for part in losses.split(counts))
-    return total / len(clips)
+    return training.sum_over_ranks([total], device)[0] / len(clips)
 
 
 def copy_by_name(part, weights, source, fresh=()):
@@ -312,14 +321,14 @@ def clips_per_epoch(n_clips):
 def main():
     config, names = runtime.configure(globals())
     torch_device, rank, world = runtime.start(device)
+    on_gpu = torch_device.startswith("cuda")
     print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
-    if world > 1:
-        die("finetune_cls.py runs in one process: start it with python, not torchrun")
-    check_settings(config)
-    run = training.Run(out or f"ckpt/{'_'.join(names) or 'mtat'}.pt", resume, overwrite)
+    check_settings(config, world)
+    run = training.Run(out or f"ckpt/{'_'.join(names) or 'mtat'}.pt", resume, overwrite, rank)
 
     prepared = Prepared(data, "clips", fold)
-    config |= {"trained_on": prepared.trained_on(),
+    # BatchNorm sees the batch of one process, so resuming needs as many processes
+    config |= {"processes": world, "trained_on": prepared.trained_on(),
                "started_from": {key: training.fingerprint(config[key]) for key in ("init", "tail")}}
     train_clips = Clips(prepared, "train", task, seed, label_fraction)
     valid_clips = Clips(prepared, "valid", task)
@@ -355,21 +364,27 @@ def main():
     optimizer = make_optimizer(net, phase)
     if run.saved:
         optimizer.load_state_dict(run.saved["optimizer"])
-    floor = training.floor_per_crop(net, net.crop, torch_device)
+    floor = training.floor_per_crop(net, net.crop, torch_device) / world
     if compile and torch_device != "cpu":
         runtime.compile_parts(parts.values(), torch_device)
+    forward = net
+    if sync_batchnorm and world > 1:
+        synchronise(net)
     run.begin(config)
+    if world > 1:
+        forward = DistributedDataParallel(net, [torch_device] if on_gpu else None)
     trainable = sum(p.numel() for p in net.parameters() if p.requires_grad)
     print(f"{trainable:,} trainable parameters, {len(train_clips)} clips to train on ({per_epoch} "
           f"steps an epoch), {len(valid_clips)} to validate on, {len(train_clips.classes)} "
-          f"classes, {torch_device}, {dtype}")
+          f"classes, {torch_device} x {world}, {dtype}")
+    micro = batch_size // world
 
-    def crops(step):  # the batch of a step, in the shuffled order of its epoch
+    def crops(step):  # this process' part of the batch of a step, in the order of its epoch
         epoch, at = divmod(step, per_epoch)
-        order = train_clips.order(epoch)[:used]
-        return train_clips.batch(epoch, order[at * batch_size:(at + 1) * batch_size])
+        order = train_clips.order(epoch)[:used][at * batch_size:(at + 1) * batch_size]
+        return train_clips.batch(epoch, order[rank * micro:(rank + 1) * micro])
 
-    batches = prefetch(crops, range(first, steps), workers, torch_device.startswith("cuda"))
+    batches = prefetch(crops, range(first, steps), workers, pin=on_gpu)
     meter = training.Meter(run.saved.get("meter") if run.saved else None, floor)
     stop = runtime.Stop()
     began = time.time()
@@ -377,9 +392,15 @@ def main():
     for step in range(first, steps + 1):
         epoch, at = divmod(step, per_epoch)
 
-        # save first, so that nothing is lost if validation fails
+        # processes must stop at the same step; they ask each other when a log line waits anyway
         stopping, validating = stop.asked, at == 0
+        if world > 1:
+            together = step % log_every == 0 or validating or not on_gpu
+            stopping = together and training.anyone(stopping, torch_device)
+
+        # save first, so that nothing is lost if validation fails
         if validating or stopping:
+            training.agree(net, torch_device)
             checkpoint = {
                 "kind": "classifier", "args": net.args, "task": task, "config": config,
                 "commit": commit,
@@ -389,20 +410,20 @@ def main():
                 **checkpoint, "phase": phase, "since_best": since_best, "best": best,
                 "best_epoch": best_epoch, "meter": meter.state(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            runtime.save_atomically(state, run.last)
+            run.save(state, run.last)
         if stopping:
-            die(f"stopped at step {step}; --resume=True goes on from there")
+            training.stop_at(step)
 
         # then validate, and keep the best
         if validating:
-            val_loss = validate(net, valid_clips, torch_device)
+            val_loss = validate(net, valid_clips, torch_device, rank, world)
             if not math.isfinite(val_loss):
                 die(f"the validation loss is {val_loss} after epoch {epoch}: lower learning_rate, "
                     "or use --dtype=float32 or bfloat16")
             since_best += 1
             if val_loss < best:
                 best, best_epoch, since_best = val_loss, epoch, 0
-                runtime.save_atomically({**checkpoint, "val_loss": val_loss}, run.out)
+                run.save({**checkpoint, "val_loss": val_loss}, run.out)
             left = (time.time() - began) / max(1, step - first) * (steps - step)
             eta = f" | ETA {runtime.clock(left)}" if step > first else ""
             run.log(f"epoch {epoch:3d}/{epochs} | validation loss {val_loss:.5f} (best {best:.5f})"
@@ -417,6 +438,8 @@ def main():
                           "done")
                     break
                 phase, phase_began, since_best = phase + 1, epoch, 0
+                if world > 1:
+                    dist.barrier()  # the best weights are written
                 net.load_state_dict(model.read_checkpoint(run.out)["model"])
                 optimizer = make_optimizer(net, phase)
                 kind, rate, _ = phases()[phase]
@@ -430,12 +453,12 @@ def main():
         if freeze:
             parts[freeze].eval()
         # dropout too is a function of seed and step, so that resuming changes nothing
-        torch.manual_seed((seed << 32) + step)
+        torch.manual_seed((seed << 32) + step * world + rank)
         lr = lr_at(step, steps, phase)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
         wave, target = meter.next_batch(batches, torch_device)      # (B, 61792), (B, classes)
-        loss = crop_losses(net(wave), target, train_clips.multilabel).mean()
+        loss = crop_losses(forward(wave), target, train_clips.multilabel).mean()
         scaler.scale(loss).backward()
         if grad_clip > 0:
             scaler.unscale_(optimizer)

@@ -15,9 +15,11 @@ import subprocess
 import sys
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.nn.functional import all_reduce
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
@@ -80,7 +82,7 @@ def apply(x, weight, bias, mean, var, eps, slope):
 
 
 class NormLeakyFunction(torch.autograd.Function):
-    """x (B, C, T, F) channels last -> (y, mean, biased variance) of this batch."""
+    """(B, C), or (B, C, T, F) channels last -> (y, mean, biased variance) of this batch."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, slope):
@@ -97,7 +99,8 @@ class NormLeakyFunction(torch.autograd.Function):
     def backward(ctx, dy, *_):
         x, *parameters = ctx.saved_tensors
         half, n, channels = sizes(x)
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        if dy.stride() != x.stride():
+            dy = torch.empty_like(x).copy_(dy)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight, dbias = (torch.empty_like(parameters[0]) for _ in range(2))
         kernel().norm_backward(half, *map(address, (dy, x, dx)), n, channels,
@@ -106,30 +109,34 @@ class NormLeakyFunction(torch.autograd.Function):
         return dx, dweight, dbias, None, None
 
 
-class NormLeaky(nn.BatchNorm2d):
-    """BatchNorm, then LeakyReLU: (B, C, T, F) -> the same shape. A slope of 0 makes it a ReLU.
+class NormLeaky(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm, then LeakyReLU: (B, C) or (B, C, T, F) -> the same. A slope of 0 makes it a ReLU.
 
-    Names and values of its weights are those of nn.BatchNorm2d.
+    Names and values of its weights are those of nn.BatchNorm2d. If `synced`, statistics in training
+    are those of the batches of all processes together.
     """
 
     def __init__(self, channels, slope, momentum):
         super().__init__(channels, eps=1e-3, momentum=momentum)
-        self.slope = slope
+        self.slope, self.synced = slope, False
+
+    def _check_input_dim(self, x):
+        if x.dim() not in (2, 4):
+            raise ValueError(f"(B, C) or (B, C, T, F) is expected, got {tuple(x.shape)}")
 
     def forward(self, x):
+        if self.training and self.synced:
+            return self.forward_synced(x)
         with_gradient = torch.is_grad_enabled() and not self.training
         if with_gradient or not self.is_for_kernel(x):
             return F.leaky_relu(super().forward(x), self.slope, inplace=True)
-        x = x.contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        x = x.contiguous(memory_format=layout)
         if not self.training:
             return apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
                          self.slope)
         y, mean, var = NormLeakyFunction.apply(x, self.weight, self.bias, self.eps, self.slope)
-        pixels = x.numel() // x.shape[1]
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (pixels / (pixels - 1)), self.momentum)
+        self.take_statistics(mean, var, x.numel() // x.shape[1])
         return y
 
     def is_for_kernel(self, x):
@@ -137,3 +144,30 @@ class NormLeaky(nn.BatchNorm2d):
         return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
                 and self.weight.dtype == torch.float32 and x.numel() > x.shape[1]
                 and not torch.compiler.is_compiling() and kernel() is not None)
+
+    def forward_synced(self, x):
+        """The same over the batches of all processes, which must be of one size."""
+        world, dims = dist.get_world_size(), [d for d in range(x.dim()) if d != 1]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        wide = x.float()
+        own_var, own_mean = torch.var_mean(wide, dims, correction=0)            # (C,)
+        mean = all_reduce(own_mean) / world
+        var = all_reduce(own_var + (own_mean - mean) ** 2) / world
+        self.take_statistics(mean.detach(), var.detach(), world * x.numel() // x.shape[1])
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        y = (wide - mean.view(shape)) * scale.view(shape) + self.bias.view(shape)
+        return F.leaky_relu(y, self.slope, inplace=True).to(x.dtype)
+
+    @torch.no_grad()
+    def take_statistics(self, mean, var, pixels):
+        """Moves the running statistics towards those of a batch; var is the biased one."""
+        self.num_batches_tracked += 1
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * (pixels / (pixels - 1)), self.momentum)
+
+
+def synchronise(net):
+    """From here on, BatchNorm statistics of a network are those of all processes together."""
+    for module in net.modules():
+        if isinstance(module, NormLeaky):
+            module.synced = True

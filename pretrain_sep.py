@@ -14,13 +14,13 @@ import math
 import time
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import model
 import runtime
 import training
 from data import Mixes, Prepared, prefetch
+from fused import synchronise
 from runtime import die
 
 # -----------------------------------------------------------------------------
@@ -35,6 +35,7 @@ sources = ["vocals"]            # one stem or several; on the command line --sou
 widths = [16, 32, 64, 128, 192, 192]  # channels of the six encoder blocks
 pool = "max"                    # max or avg; the authors' four-source separator averages
 bn_momentum = 0.01              # of the BatchNorm statistics; 0.01 here is 0.99 in Keras
+sync_batchnorm = False          # statistics of all processes together, not of each one's part
 # optimisation
 steps = 300_000                 # optimiser steps
 batch_size = 8                  # mixes per step, over all processes and accumulation
@@ -74,15 +75,6 @@ def check_settings(config, world):
             f"{accumulate * world}")
 
 
-def sum_over_ranks(values, device):
-    """The element-wise sum of a list of numbers over all processes."""
-    if not dist.is_initialized():
-        return values
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return total.tolist()
-
-
 def lr_at(step):
     return learning_rate * lr_decay ** (step // lr_decay_every)
 
@@ -111,27 +103,17 @@ def validate(net, mixes, device, rank, world):
         total += l1_loss(net(mixture), target).item() * len(mixture)
         count += len(mixture)
     net.train()
-    total, count = sum_over_ranks([total, count], device)
+    total, count = training.sum_over_ranks([total, count], device)
     return total / count
-
-
-def check_equal_weights(net, device, world):
-    """Ends the script if the processes hold different weights."""
-    own = sum(p.double().sum().item() for p in net.parameters())
-    mean = sum_over_ranks([own], device)[0] / world
-    if abs(mean - own) > 1e-6 * max(1.0, abs(own)):
-        die("the processes hold different weights: their gradients were not exchanged")
 
 
 def main():
     config, names = runtime.configure(globals())
     torch_device, rank, world = runtime.start(device)
-    writes = rank == 0              # the one process that prints and saves
     on_gpu = torch_device.startswith("cuda")
-    if writes:
-        print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
+    print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
     check_settings(config, world)
-    run = training.Run(out or f"ckpt/{'_'.join(names or sources)}.pt", resume, overwrite)
+    run = training.Run(out or f"ckpt/{'_'.join(names or sources)}.pt", resume, overwrite, rank)
 
     # BatchNorm sees the batch of one process, so resuming needs as many processes
     songs = Prepared(data, "stems")
@@ -157,14 +139,14 @@ def main():
     if compile and torch_device != "cpu":
         runtime.compile_parts([net.unet], torch_device)
     forward = net
+    if sync_batchnorm and world > 1:
+        synchronise(net)
+    run.begin(config)
     if world > 1:
-        dist.barrier()              # nobody writes before all have looked
         forward = DistributedDataParallel(net, [torch_device] if on_gpu else None)
-    if writes:
-        run.begin(config)
-        print(f"{sum(p.numel() for p in net.parameters()):,} parameters, "
-              f"{len(train_mixes.segments)} segments to train on, {len(val_set.segments)} to "
-              f"validate on, {torch_device} x {world}, {dtype}")
+    print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(train_mixes.segments)} "
+          f"segments to train on, {len(val_set.segments)} to validate on, {torch_device} x "
+          f"{world}, {dtype}")
 
     def crops(number):  # micro-batch `number` of this process
         return train_mixes.batch((number * world + rank) * micro, micro)
@@ -177,30 +159,23 @@ def main():
     for step in range(first, steps + 1):
 
         # processes must stop at the same step; they ask each other when a log line waits anyway
-        stopping = stop.asked
+        validating, stopping = step % val_every == 0 or step == steps, stop.asked
         if world > 1:
             together = step % log_every == 0 or not on_gpu
-            stopping = together and sum_over_ranks([stopping], torch_device)[0] > 0
+            stopping = together and training.anyone(stopping, torch_device)
 
         # save first, so that nothing is lost if validation fails
-        validating = step % val_every == 0 or step == steps
         if validating or stopping:
-            if world > 1:
-                for buffer in net.buffers():  # each process gathered statistics of its own
-                    dist.broadcast(buffer, 0)
-                check_equal_weights(net, torch_device, world)
-            if writes:
-                checkpoint = {
-                    "kind": "separator", "args": net.args, "classes": None, "config": config,
-                    "commit": commit, "step": step, "model": runtime.finite_weights(net)}
-                state = {
-                    **checkpoint, "best": best, "best_step": best_step, "meter": meter.state(),
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-                runtime.save_atomically(state, run.last)
+            training.agree(net, torch_device)
+            checkpoint = {
+                "kind": "separator", "args": net.args, "classes": None, "config": config,
+                "commit": commit, "step": step, "model": runtime.finite_weights(net)}
+            state = {
+                **checkpoint, "best": best, "best_step": best_step, "meter": meter.state(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            run.save(state, run.last)
         if stopping:
-            if world > 1:
-                dist.barrier()      # the end of one process ends the others: wait for the file
-            die(f"stopped at step {step}; --resume=True goes on from there")
+            training.stop_at(step)
 
         # then validate, and keep the best
         if validating:
@@ -211,11 +186,9 @@ def main():
                     "use --dtype=float32 or bfloat16")
             if val_loss < best:
                 best, best_step = val_loss, step
-                if writes:
-                    runtime.save_atomically({**checkpoint, "val_loss": val_loss}, run.out)
-            if writes:
-                run.log(f"step {step:6d}/{steps} | validation loss {val_loss:.5f} (best "
-                        f"{best:.5f})", step=step, val_loss=val_loss, best=best)
+                run.save({**checkpoint, "val_loss": val_loss}, run.out)
+            run.log(f"step {step:6d}/{steps} | validation loss {val_loss:.5f} (best {best:.5f})",
+                    step=step, val_loss=val_loss, best=best)
             meter.began += time.time() - val_began      # not training time
         if step == steps:
             break
@@ -244,18 +217,16 @@ def main():
         if done % log_every == 0 or done == steps:
             seen = meter.read(done, micro * world)
             left = (time.time() - began) / (done - first) * (steps - done)
-            if writes:
-                run.log(f"step {done:6d}/{steps} | loss {seen['loss']:.5f} | lr {lr:.2e} | "
-                        f"{seen['clips_per_s']:.1f} clips/s, {seen['matmul_share']:.0%} of matmul "
-                        f"| waiting for data {seen['data_wait']:.0%} | ETA {runtime.clock(left)}",
-                        step=done, lr=lr, eta_s=round(left), **seen)
+            run.log(f"step {done:6d}/{steps} | loss {seen['loss']:.5f} | lr {lr:.2e} | "
+                    f"{seen['clips_per_s']:.1f} clips/s, {seen['matmul_share']:.0%} of matmul "
+                    f"| waiting for data {seen['data_wait']:.0%} | ETA {runtime.clock(left)}",
+                    step=done, lr=lr, eta_s=round(left), **seen)
 
-    if writes:
-        note = ", before any training: nothing was learnt" if best_step == 0 else ""
-        print(f"best validation loss {best:.5f}, after step {best_step}{note}; "
-              f"{runtime.clock(time.time() - began)}: {run.out}")
-        print(f"next: python eval.py {run.out}   or   python finetune_cls.py CONFIG "
-              f"--init={run.out}, such as config/mtat.py or config/demo_tags.py")
+    note = ", before any training: nothing was learnt" if best_step == 0 else ""
+    print(f"best validation loss {best:.5f}, after step {best_step}{note}; "
+          f"{runtime.clock(time.time() - began)}: {run.out}")
+    print(f"next: python eval.py {run.out}   or   python finetune_cls.py CONFIG "
+          f"--init={run.out}, such as config/mtat.py or config/demo_tags.py")
 
 
 if __name__ == "__main__":

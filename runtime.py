@@ -285,6 +285,8 @@ def start(device):
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    if rank > 0:        # what all have to say is said once; errors are not held back
+        sys.stdout = open(os.devnull, "w")
     if device == "cpu":
         keep_freed_memory()
     return device, rank, world

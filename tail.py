@@ -63,7 +63,7 @@ class Tail(nn.Module):
             c_in = width
         flat = 2 * widths[-1]                                       # 2 steps in time are left
         self.dense = nn.Linear(flat, flat)
-        self.dense_norm = nn.BatchNorm1d(flat, eps=1e-3, momentum=momentum)
+        self.dense_norm = NormLeaky(flat, 0.0, momentum)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(flat, n_classes)
 
@@ -72,7 +72,7 @@ class Tail(nn.Module):
             skip = skips[i - 1] if block.join else None
             x = block(x, skip)                                      # (B, C, T/2, M/2), ...
         x = self.dense(x.flatten(1))                                # (B, 512)
-        return self.out(self.dropout(F.relu(self.dense_norm(x))))   # (B, classes)
+        return self.out(self.dropout(self.dense_norm(x)))           # (B, classes)
 
 
 # -----------------------------------------------------------------------------

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
+from fused import NormLeaky
+
 MAGIC = bytes.fromhex("57fb808b247547db")
 FOOTER = 48                         # bytes at the end of an index: two handles, padding, MAGIC
 KEY = re.compile(r"layer_with_weights-(\d+)/(kernel|bias|gamma|beta|moving_mean|moving_variance)"
@@ -282,7 +284,7 @@ NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean",
 
 def weighted_layers(net):
     """Modules with weights, in the order of definition: the authors' Keras layer order."""
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.BatchNorm1d, nn.Linear)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, NormLeaky, nn.Linear)
     return [m for m in net.modules() if isinstance(m, kinds)]
 
 
@@ -293,7 +295,7 @@ def copy_into(net, prefix):
         raise ValueError(f"{prefix} has {len(layers)} layers instead of {len(modules)}")
     first_dense = next((m for m in modules if isinstance(m, nn.Linear)), None)
     for n, (module, layer) in enumerate(zip(modules, layers, strict=True)):
-        names = NORM if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)) else DENSE
+        names = NORM if isinstance(module, NormLeaky) else DENSE
         if layer.keys() != names.keys():
             raise ValueError(f"{prefix}: layer {n} has {', '.join(sorted(layer))}, expected "
                              f"{', '.join(sorted(names))}")

@@ -1,5 +1,5 @@
 """
-What both training loops need: the mean of the losses, and the files of a run.
+What both training loops need: several processes, speed and losses, and the files of a run.
 
     run = training.Run("ckpt/vocals.pt", resume, overwrite)     # run.saved: what to go on from
     meter = training.Meter(floor=training.floor_per_crop(net, crop, device))
@@ -13,12 +13,56 @@ import subprocess
 import time
 
 import torch
+import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 import runtime
 from model import read_checkpoint
 from runtime import die
 
+# -----------------------------------------------------------------------------
+# several processes
+
+def sum_over_ranks(values, device):
+    """The element-wise sum of a list of numbers over all processes."""
+    if not dist.is_initialized():
+        return values
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def mean_over_ranks(value, device):
+    processes, total = sum_over_ranks([1.0, value], device)
+    return total / processes
+
+
+def anyone(asked, device):
+    """Whether any of the processes says yes."""
+    return sum_over_ranks([float(asked)], device)[0] > 0
+
+
+def agree(net, device):
+    """Gives all processes the statistics of the first. Ends the script if weights differ."""
+    if not dist.is_initialized():
+        return
+    for buffer in net.buffers():        # each process may have gathered statistics of its own
+        dist.broadcast(buffer, 0)
+    own = sum(p.double().sum().item() for p in net.parameters())
+    mean = mean_over_ranks(own, device)
+    if abs(mean - own) > 1e-6 * max(1.0, abs(own)):
+        die("the processes hold different weights: their gradients were not exchanged")
+
+
+def stop_at(step):
+    """Ends the script after all has been saved."""
+    if dist.is_initialized():
+        dist.barrier()      # the end of one process ends the others: wait for the file
+    die(f"stopped at step {step}; --resume=True goes on from there")
+
+
+# -----------------------------------------------------------------------------
+# speed
 
 @torch.no_grad()
 def flops_per_crop(net, crop, device):
@@ -86,7 +130,8 @@ class Meter:
 
         matmul_share: of the speed that one large matrix product has here (nanoGPT's mfu).
         """
-        loss, spent = float(self.loss) / self.count, time.time() - self.began
+        loss = mean_over_ranks(float(self.loss) / self.count, self.loss.device)
+        spent = time.time() - self.began
         if not math.isfinite(loss):
             die(f"the loss is {loss} at step {step}: lower learning_rate, set grad_clip, or use "
                 "--dtype=float32 or bfloat16")
@@ -102,19 +147,23 @@ class Meter:
                 "waited": self.waited, "spent": time.time() - self.began}
 
 
+# -----------------------------------------------------------------------------
+# files
+
 class Run:
     """The files of a training run: the best checkpoint, what resuming needs, and the log.
 
     NAME.pt is `out`; NAME.resume and NAME.jsonl lie next to it. `saved` is what NAME.resume holds
     if the run is resumed, else None. Ends the script rather than write over a run that is there.
+    Of several processes only the first writes.
     """
 
-    def __init__(self, out, resume, overwrite):
+    def __init__(self, out, resume, overwrite, rank=0):
         if not out.endswith(".pt"):
             die(f"out={out} must end in .pt")
         name = out.removesuffix(".pt")
         self.files = self.out, self.last, self.log_path = out, name + ".resume", name + ".jsonl"
-        self.saved, self.started = None, time.time()
+        self.saved, self.started, self.writes = None, time.time(), rank == 0
         for path in self.files:
             if os.path.islink(path) and not os.path.exists(path):
                 die(f"{path} is a link to {os.readlink(path)}, which does not exist: remove the "
@@ -140,7 +189,7 @@ class Run:
     def check_same(self, config, script):
         """Ends the script if a resumed run was started with settings that change its course."""
         # what older versions of the script had no key for, they did as is the default
-        old = runtime.defaults(script) | self.saved["config"]
+        old = {"processes": 1} | runtime.defaults(script) | self.saved["config"]
         free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers",
                 "report", "track"]
         # what training sees of the data counts, wherever it lies; older runs did not note it
@@ -162,7 +211,11 @@ class Run:
             die(f"this run was started with other settings ({told}): resume it with the same")
 
     def begin(self, config):
-        """Removes leftovers and opens the log; the process that writes calls this, once."""
+        """Removes leftovers and opens the log, once all processes have looked."""
+        if dist.is_initialized():
+            dist.barrier()
+        if not self.writes:
+            return
         first = self.saved["step"] if self.saved else 0
         self.send, self.report = tracker(config["track"], self.out, config, first), config["report"]
         for path in self.files:
@@ -171,8 +224,14 @@ class Run:
         kept = log_until(self.log_path, self.saved["step"]) if self.saved else ""
         runtime.write_atomically(kept, self.log_path)
 
+    def save(self, state, path):
+        if self.writes:
+            runtime.save_atomically(state, path)
+
     def log(self, line, **entry):
         """One entry to the screen, and to the file as a line of JSON."""
+        if not self.writes:
+            return
         print(line, flush=True)
         entry["seconds"] = round(time.time() - self.started, 2)
         with runtime.naming(self.log_path), open(self.log_path, "a", encoding="utf-8") as f:

@@ -36,6 +36,8 @@ COMMON = ["--log_every=1", "--compile=False", "--device=cpu"]
 SEP = [f"--widths={NARROW}", "--batch_size=2", "--val_mixes=2", "--val_every=2", *COMMON]
 CLS = [f"--widths={NARROW}", f"--tail_widths={TAIL}", "--batch_size=4", "--epochs=2", *COMMON]
 
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
 
 # -----------------------------------------------------------------------------
 # running scripts

@@ -12,6 +12,7 @@ import torch
 from conftest import (
     CLS,
     NARROW,
+    TORCHRUN,
     facts,
     log_of,
     randomise,
@@ -117,6 +118,26 @@ def test_sigterm_in_an_epoch_saves_and_the_run_resumes_to_the_same_bits(demo, tm
 
 TO_STOP = ["--batch_size=2", "--variant=tail", "--epochs=3", "--learning_rate=1e-2",
            "--recipe=modern"]
+
+
+def test_two_processes_do_what_one_does(demo, tmp_path):
+    """With BatchNorm over both, and through a change of phase."""
+    args = [*CLS, f"--data={demo}/demo_clips", "--dropout=0", "--patience=0",
+            "--learning_rate=1e-4", "--sync_batchnorm=True", "--log_every=5"]
+    two = [*TORCHRUN, "finetune_cls.py"]
+    run("finetune_cls.py", *args, "--epochs=3", f"--out={tmp_path}/one.pt")
+    said = run(two, *args, "--epochs=3", f"--out={tmp_path}/two.pt")
+    assert said.count("best validation loss") == 1          # one process speaks and writes
+    one, both = (log_of(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in both]
+    for key in ("loss", "val_loss"):
+        wanted, found = ([entry[key] for entry in log if key in entry] for log in (one, both))
+        assert found[0] == pytest.approx(wanted[0], rel=1e-5)
+        assert found == pytest.approx(wanted, rel=5e-3)     # rounding grows from step to step
+    refused = run("finetune_cls.py", *args, "--epochs=3", f"--out={tmp_path}/two.pt",
+                  "--resume=True", ok=False)
+    assert "processes: 2 -> 1" in refused
+    assert "at least 2" in run("finetune_cls.py", *args, "--batch_size=1", ok=False)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,17 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, SEP, facts, log_of, run, same_weights, stopped_by, weights_of
+from conftest import (
+    ROOT,
+    SEP,
+    TORCHRUN,
+    facts,
+    log_of,
+    run,
+    same_weights,
+    stopped_by,
+    weights_of,
+)
 
 
 def pretrain(demo, out, *args, **options):
@@ -92,12 +102,12 @@ def test_it_learns(demo, tmp_path):
 
 
 def test_accumulation_and_processes_divide_the_same_batch(demo, tmp_path):
-    """BatchNorm sees smaller batches: losses are near, not equal, but for the first validation."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                "pretrain_sep.py"]
+    """With BatchNorm over all processes they do as one; else only the first validation is equal."""
     losses = {}
-    for name, script, more in (("whole", "pretrain_sep.py", []), ("processes", torchrun, []),
+    for name, script, more in (("whole", "pretrain_sep.py", []), ("processes", TORCHRUN, []),
+                               ("synced", TORCHRUN, ["--sync_batchnorm=True"]),
                                ("accumulate", "pretrain_sep.py", ["--accumulate=2"])):
+        script = script if isinstance(script, str) else [*script, "pretrain_sep.py"]
         run(script, "config/vocals.py", *SEP, *more, "--batch_size=4", "--steps=3",
             f"--data={demo}/demo_songs", f"--out={tmp_path}/{name}.pt")
         entries = log_of(tmp_path / f"{name}.pt")
@@ -105,6 +115,8 @@ def test_accumulation_and_processes_divide_the_same_batch(demo, tmp_path):
     for name in ("accumulate", "processes"):
         assert losses[name][0] == pytest.approx(losses["whole"][0], rel=1e-4)
         assert losses[name] == pytest.approx(losses["whole"], rel=0.2)
+        assert losses[name] != pytest.approx(losses["whole"], rel=1e-4)
+    assert losses["synced"] == pytest.approx(losses["whole"], rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
