@@ -84,6 +84,8 @@ class Sound:
             self.container = self.stack.enter_context(open_container(self.file))
             self.format = self.container.format.name.partition(",")[0]
             tracks = self.container.streams.audio
+            if not tracks:
+                raise Broken("holds no sound")
             if stream >= len(tracks):
                 raise Broken(f"has {len(tracks)} audio streams, number {stream + 1} is wanted")
             self.track = tracks[stream]
@@ -299,6 +301,37 @@ LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")  # of 1 
 BITS = 96_000                       # a second and channel of mp3 and opus
 
 
+class Sink:
+    """A file for FFmpeg to write to, which keeps an error until FFmpeg has returned.
+
+    Raised inside, it would come out garbled. What is written after it is dropped.
+    """
+
+    def __init__(self, f):
+        self.f, self.error = f, None
+
+    def attempt(self, work, *args, otherwise=0):
+        if self.error is None:
+            try:
+                return work(*args)
+            except OSError as e:
+                self.error = e
+        return otherwise
+
+    def write(self, data):
+        return self.attempt(self.f.write, data, otherwise=len(data))
+
+    def seek(self, *where):
+        return self.attempt(self.f.seek, *where)
+
+    def tell(self):
+        return self.attempt(self.f.tell)
+
+    def check(self):
+        if self.error:
+            raise self.error
+
+
 @contextlib.contextmanager
 def writer(f, kind, rate, channels, bits=BITS):
     """A function that writes blocks of int16 (C, n) to an open binary file.
@@ -313,7 +346,8 @@ def writer(f, kind, rate, channels, bits=BITS):
     known = av.codec.Codec(codec, "w").audio_rates
     own = min((r for r in known if r >= rate), default=max(known)) if known else rate
     options = {"rf64": "auto"} if kind == "wav" else {}             # beyond 4 GB
-    with av.open(f, "w", format=name, container_options=options) as container:
+    sink = Sink(f)
+    with av.open(sink, "w", format=name, container_options=options) as container:
         layout = LAYOUTS[channels - 1]
         stream = container.add_stream(codec, rate=own, layout=layout)
         if known:
@@ -327,8 +361,10 @@ def writer(f, kind, rate, channels, bits=BITS):
             frame.sample_rate = rate
             for part in converter.resample(frame):
                 container.mux(stream.encode(part))
+            sink.check()
 
         yield write
         for part in converter.resample(None):
             container.mux(stream.encode(part))
         container.mux(stream.encode(None))
+    sink.check()

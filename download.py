@@ -107,9 +107,8 @@ def fetch_one(url, path, size, hint, all_pauses):
             pauses = list(all_pauses)
         there = f"{have(path) / 1e6:.1f} MB"
         if not pauses:
-            raise ValueError(f"{url}: {problem}, and {len(all_pauses)} attempts more brought "
-                             f"nothing: is there a network? The same command goes on from the "
-                             f"{there} that are there; or {hint}")
+            raise ValueError(f"{url}: {problem}, {1 + len(all_pauses)} times, with {there} there: "
+                             f"is there a network? The same command goes on; or {hint}")
         pause = pauses.pop(0)
         print(f"{url}: {problem} at {there}, again in {pause} s", flush=True)
         time.sleep(pause)

@@ -8,7 +8,8 @@ Networks for other programs: ONNX, and safetensors.
 NAME.onnx takes magnitudes (batch, frames, 256), of model.stft without the last bin. It gives the
 masks of a separator (batch, sources, frames, 256) or the scores of a classifier (batch, classes).
 NAME_wave.onnx takes waves (batch, samples) at 16 kHz, and gives sources or scores. Batches may have
-any size. Frames are 64 k for a separator, which are 10,240 k + 352 samples. A classifier takes one
+any size. Frames are 64 k for a separator, which are 10,240 k + 352 samples. It has learnt with 384
+frames: cut songs into windows of 61,792 samples, as model.separate does. A classifier takes one
 crop. Names and settings are in the metadata, as JSON under "about". Needs onnx and onnxscript.
 
 A .safetensors file is a checkpoint that loads wherever a .pt does. Needs safetensors.
@@ -16,6 +17,7 @@ A .safetensors file is a checkpoint that loads wherever a .pt does. Needs safete
 import contextlib
 import io
 import json
+import logging
 import os
 
 import torch
@@ -102,6 +104,9 @@ def exported(net, of_waves):
 
 def write_onnx(net, about, path, of_waves):
     """Writes one network. What onnxruntime makes of it is compared in the tests."""
+    print(f"{path}: exporting takes half a minute", flush=True)
+    # it tells of every operator of torchvision that it does without
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     part, example, free = exported(net, of_waves)
     names = ("wave" if of_waves else "magnitude"), about["gives"]
     with contextlib.redirect_stdout(io.StringIO()):     # it tells its steps

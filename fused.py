@@ -49,8 +49,8 @@ def kernel():
         return ctypes.CDLL(path)
     except (OSError, subprocess.TimeoutExpired) as e:
         reason = " ".join(str(e).split())[:160]
-        print(f"note: no C++ compiler for fused.cpp ({reason}): training steps take half as long "
-              "again", file=sys.stderr)
+        print(f"note: no C++ compiler for fused.cpp ({reason}): networks are slower on this CPU",
+              file=sys.stderr)
         return None
 
 

@@ -11,10 +11,13 @@ vocals.wav and so on at the song's own rate and channels; accompaniment.wav, whi
 without vocals; remainder.wav, what no source has; and per tagger a .json and a .csv of the tags
 along time. Sources and remainder add up to the song. With --report=True also song.html, a page to
 look at and to listen to. What is finished is skipped, so the same command goes on after a stop.
+
+In wav and flac this is true to the last of 16 bits. mp3 and opus lose something: opus is always at
+48 kHz, and the encoder of mp3 makes sources 3 to 5 % quieter. A row of the tags is a crop of 3.86
+seconds; what is left over at the end of a song has no row.
 """
 import contextlib
 import csv
-import errno
 import glob
 import json
 import math
@@ -40,7 +43,7 @@ separator = ""          # checkpoint; without separator and tagger: released:voc
 tagger = [""]           # checkpoints, with commas between; ... and released:mtat_vocals
 out = "listened"        # folder to write to
 format = "wav"          # of the sources: wav, flac, mp3, opus
-hop = 0.0               # seconds from one row of the tags to the next; 0: half a crop
+hop = 0.0               # seconds from one row of the tags to the next; 0: half a crop, 1.92
 report = False          # also write a page to look at and to listen to
 overwrite = False       # replace what is there
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
@@ -49,6 +52,7 @@ device = ""             # cpu, cuda, mps; empty: cuda if there is one
 STEP = model.FRAMES // 2 * model.HOP    # 30,720 samples at 16 kHz, from window to window
 PIECE = 25 * STEP // SAMPLE_RATE        # 48 s: windows begin at whole samples of any rate
 MOST = 1 << 24                          # samples of a piece, all channels
+WITHOUT = " (without --overwrite)"
 RESERVED = ("mixture", "accompaniment", "remainder")
 
 
@@ -118,7 +122,7 @@ def listen(song, net, taggers, writers, bar, stop):
     length, left, right = sizes(song.rate, song.channels, taggers)
     for samples, at, begin in pieces(song, length, left, right):
         if stop.asked:
-            die("stopped; the same command goes on with this song (without --overwrite)")
+            die("stopped; the same command goes on with this song" + WITHOUT * overwrite)
         if not np.isfinite(samples).all():
             raise audio.Broken("holds samples that are not numbers")
         mine = slice(begin - at, begin - at + length)
@@ -147,17 +151,29 @@ def listen(song, net, taggers, writers, bar, stop):
 
 def write_sources(sources, stems, whole, writers):
     """Sources (S, C, n), and what is left of the song (C, n), in int16."""
-    for source, stem in zip(sources, stems, strict=True):
-        writers[source](stem)
+    stems, whole = stems.astype(np.int32), whole.astype(np.int32)
     rest = {"remainder": stems}
     if "vocals" in sources:
         vocals = sources.index("vocals")
-        rest["accompaniment"] = stems[vocals:vocals + 1]
+        rest["accompaniment"] = stems[vocals:vocals + 1]        # a view
+        make_room(rest["accompaniment"], whole)
+    make_room(stems, whole)
+    for source, stem in zip(sources, stems, strict=True):
+        writers[source](stem.astype("<i2"))
     for name, taken in rest.items():
         if name in writers:
-            # where sources were clipped, this may be beyond what 16 bits hold
-            left = whole.astype(np.int32) - taken.sum(0, dtype=np.int32)
-            writers[name](np.clip(left, -32768, 32767).astype("<i2"))
+            writers[name]((whole - taken.sum(0)).astype("<i2"))
+
+
+def make_room(stems, whole):
+    """Moves int32 stems (S, C, n) towards zero where the rest of the song exceeds 16 bits.
+
+    The loudest samples of a song leave no room for a rest that has the other sign.
+    """
+    for stem in stems:
+        rest = whole - stems.sum(0)
+        excess = rest - np.clip(rest, -32768, 32767)
+        stem += np.clip(excess, np.minimum(0, -stem), np.maximum(0, -stem))
 
 
 def names_of_stems(net):
@@ -173,12 +189,13 @@ def names_of_stems(net):
 # -----------------------------------------------------------------------------
 # tables
 
-def write_tags(base, net, classes, scores):
+def write_tags(base, net, classes, scores, seconds):
     """Scores (K, classes) as BASE.json, [{start, end, tags: [{tag, score}]}] with the highest
-    first, and as BASE.csv, one column per tag. Times are in seconds.
+    first, and as BASE.csv, one column per tag. Times are in seconds, of which the song has so many.
     """
     starts = np.arange(len(scores)) * step_of(net) / SAMPLE_RATE
-    times = [(round(start, 3), round(start + net.crop / SAMPLE_RATE, 3)) for start in starts]
+    ends = np.minimum(starts + net.crop / SAMPLE_RATE, seconds)
+    times = [(round(start, 3), round(end, 3)) for start, end in zip(starts, ends, strict=True)]
     with runtime.atomic(f"{base}.json", "w", encoding="utf-8") as f:
         for k, ((start, end), row) in enumerate(zip(times, scores, strict=True)):
             order = np.argsort(-row, kind="stable")
@@ -198,26 +215,37 @@ def write_tags(base, net, classes, scores):
 
 def find_songs(paths):
     """{folder to write to: file} of files, and of all audio in folders but what was written."""
-    found, written = {}, os.path.realpath(out)
+    found = {}
     for path in paths:
         if not os.path.exists(path):
             die(f"{path} does not exist")
         files, root = [path], os.path.dirname(path) or "."
         if os.path.isdir(path):
-            files, root = [file for file in walk(path) if is_audio(file)], path
-            files = [f for f in files if not os.path.realpath(f).startswith(written + os.sep)]
-            lost = [file for file in files if not os.path.exists(file)]
-            for file in lost:
-                print(f"passed over {file}: it is a link to nowhere")
-                files.remove(file)
-            if not files:
-                die(f"{path} holds no audio but what is in {out}, the folder to write to")
-        for file in files:
-            target = os.path.join(out, os.path.splitext(os.path.relpath(file, root))[0])
+            files, root = songs_in(path), path
+        bases = [os.path.splitext(os.path.relpath(file, root))[0] for file in files]
+        for file, base in zip(files, bases, strict=True):
+            if bases.count(base) > 1:           # song.mp3 and song.wav
+                base = os.path.relpath(file, root)
+            target = os.path.join(out, base)
             if os.path.realpath(found.setdefault(target, file)) != os.path.realpath(file):
-                die(f"{found[target]} and {file} would both be written to {target}: give one of "
-                    "them another --out")
+                die(f"{found[target]} and {file} would both be written to {target}: listen to one "
+                    "after the other, with another --out")
     return found
+
+
+def songs_in(folder):
+    """The audio files in a folder, but for what was written there."""
+    written = os.path.realpath(out) + os.sep
+    files = [file for file in walk(folder) if is_audio(file)]
+    made = [file for file in files if os.path.realpath(file).startswith(written)
+            or os.path.exists(os.path.join(os.path.dirname(file), "listen.json"))]
+    lost = [file for file in files if not os.path.exists(file)]
+    for file in lost:
+        print(f"passed over {file}: it is a link to nowhere")
+    songs = [file for file in files if file not in made + lost]
+    if not songs:
+        die(f"{folder} holds no audio" + " but what this script has written" * bool(made))
+    return songs
 
 
 def is_done(file, folder, made_with):
@@ -227,11 +255,15 @@ def is_done(file, folder, made_with):
         mine = os.path.isdir(folder) and any(entry.is_file() for entry in os.scandir(folder))
         if mine and not overwrite:
             die(f"{folder} holds files, and this script has not made them: --overwrite=True writes "
-                "into it, --out=FOLDER elsewhere")
+                "into it, --out=ELSEWHERE keeps them")
         return False
     if told["finished"] and told["made_with"] != made_with and not overwrite:
-        die(f"{folder} was made from another file than {file}, or with other settings: "
-            "--overwrite=True replaces it, --out=FOLDER writes elsewhere")
+        names = {"song": "from another file", "bytes": "from an older version of the file",
+                 "changed": "from an older version of the file", "networks": "by other networks",
+                 "format": "in another format", "hop": "with another hop"}
+        ways = [way for key, way in names.items() if told["made_with"].get(key) != made_with[key]]
+        die(f"{file}: {folder} was made {', '.join(dict.fromkeys(ways))}: --overwrite=True "
+            "replaces it, --out=ELSEWHERE keeps it")
     return told["finished"] and told["made_with"] == made_with and not overwrite
 
 
@@ -276,7 +308,7 @@ def listen_to(file, folder, net, taggers, made_with, stop):
         print(f"note: {file}: {note}")
     for name, rows in scores.items():
         other, classes = taggers[name]
-        write_tags(os.path.join(folder, name), other, classes, rows)
+        write_tags(os.path.join(folder, name), other, classes, rows, told["seconds"])
         mean = rows.mean(0)
         best = np.argsort(-mean, kind="stable")
         told["tags"][name] = {classes[i]: round(float(mean[i]), 4) for i in best}
@@ -348,7 +380,7 @@ def main():
     stop, failed = runtime.Stop(), 0
     for folder, file in songs.items():
         if stop.asked:
-            die("stopped; the same command goes on from there (without --overwrite)")
+            die("stopped; the same command goes on from there" + WITHOUT * overwrite)
         try:
             if folder in done:
                 print(f"{file}: is finished, in {folder}")
@@ -358,7 +390,7 @@ def main():
                 page.song_page(folder)
         except (ValueError, OSError) as e:
             # one song must not stop the others, a full disk must
-            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            if isinstance(e, OSError) and e.errno in runtime.FULL:
                 raise
             print(f"error: {file}: {e}")
             failed += 1

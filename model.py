@@ -112,8 +112,7 @@ def log_compress(x):
 
 def two_convs(c_in, c_out, momentum):
     """2 x [BatchNorm, LeakyReLU, Conv3x3]: normalised before the convolution, the input too."""
-    # named as if BatchNorm and LeakyReLU were two, as in older checkpoints
-    return nn.Sequential(OrderedDict({
+    return nn.Sequential(OrderedDict({              # numbered as in older checkpoints
         "0": NormLeaky(c_in, 0.01, momentum), "2": nn.Conv2d(c_in, c_out, 3, padding=1),
         "3": NormLeaky(c_out, 0.01, momentum), "5": nn.Conv2d(c_out, c_out, 3, padding=1)}))
 
@@ -141,8 +140,7 @@ class UNet(nn.Module):
         self.pool = {"max": F.max_pool2d, "avg": F.avg_pool2d}[pool]
         self.encoder = nn.ModuleList(
             two_convs(a, b, momentum) for a, b in zip((1, *widths[:-1]), widths, strict=True))
-        # the skips are the pooled outputs: decoder block i > 0 sees ups[i - 1] channels from
-        # below, and from the side as many as encoder block 5 - i has
+        # from below ups[i - 1] channels, from the side the pooled ones of encoder block 5 - i
         below = [widths[-1]] + [ups[i - 1] + widths[-1 - i] for i in range(1, len(ups))]
         self.decoder = nn.ModuleList(
             DecoderBlock(a, b, momentum) for a, b in zip(below, ups, strict=True))
@@ -173,7 +171,7 @@ def glorot_(module):
 
 
 def autocast(x, dtype):
-    """Reduced precision for the convolutions when dtype is given; nothing when it is None."""
+    """Reduced precision for the convolutions when dtype is given."""
     return torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
@@ -186,9 +184,9 @@ def check_wave(wave):
 class Separator(nn.Module):
     """Waves (B, N) -> sources (B, S, N): sigmoid masks times magnitudes, the mixture's phase.
 
-    A crop of 61,792 samples goes through the network as it is, without padding. Its first and
-    last 352 samples fade in and out. Any other length is taken for whole songs and goes through
-    separate(), which computes no gradients. ValueError if the wave has another form.
+    A crop of 61,792 samples goes through as it is; its first and last 352 samples fade in and
+    out. Any other length goes through separate(), which computes no gradients. ValueError if the
+    wave has another form.
     """
 
     def __init__(self, sources, widths=WIDTHS, pool="max", bn_momentum=0.01):
@@ -223,10 +221,13 @@ class Separator(nn.Module):
 # -----------------------------------------------------------------------------
 # whole songs
 
-def check_song(wave):
-    if wave.dim() not in (1, 2, 3) or 0 in wave.shape or not wave.is_floating_point():
-        raise ValueError("a song is (samples,), (channels, samples) or (songs, channels, samples) "
-                         f"in floating point, -1 to 1, got {tuple(wave.shape)} in {wave.dtype}")
+def check_song(net, kind, wave):
+    if not isinstance(net, kind):
+        raise ValueError(f"the network is a {type(net).__name__}, not a {kind.__name__}")
+    is_wave = isinstance(wave, torch.Tensor) and wave.is_floating_point()
+    if not is_wave or wave.dim() not in (1, 2, 3) or 0 in wave.shape:
+        raise ValueError("a song is a tensor (samples,), (channels, samples) or (songs, channels, "
+                         f"samples) in floating point, -1 to 1, got {wave!r:.80}")
 
 
 def resample(wave, rate, to):
@@ -246,7 +247,7 @@ def separate(net, wave, rate=SAMPLE_RATE, batch=4):
     8 kHz. `batch` windows run at a time on the device of `net`, and the memory that is needed does
     not grow with the song, but for the result. ValueError if the wave has another form.
     """
-    check_song(wave)
+    check_song(net, Separator, wave)
     if wave.dim() == 3:
         return torch.stack([separate(net, song, rate, batch) for song in wave])
     n = wave.shape[-1]
@@ -307,7 +308,7 @@ def tag(net, wave, rate=SAMPLE_RATE, hop=0.0, batch=16):
     dropped, a short song padded. (B, C, N) -> (B, classes) or (B, K, classes). ValueError if the
     wave or hop has another form.
     """
-    check_song(wave)
+    check_song(net, Classifier, wave)
     if wave.dim() == 3:
         return torch.stack([tag(net, song, rate, hop, batch) for song in wave])
     step = round(hop * SAMPLE_RATE) if hop else net.frames // 2 * HOP

@@ -1,7 +1,8 @@
 """
 Writes pages to look at and to listen to: one HTML file each, with all it needs inside.
 
-    python page.py listened/song                        # what listen.py has written
+    python page.py listened                             # all songs that listen.py has written
+    python page.py listened/song                        # one of them
     python page.py results/vocals.json results/mtat.json results/table_demo/table.json
     python page.py ckpt/vocals.jsonl                    # a training run, while it runs too
 
@@ -10,6 +11,7 @@ needs no network. It plays at most the first five minutes of a song.
 """
 import base64
 import csv
+import glob
 import html
 import io
 import json
@@ -113,7 +115,9 @@ def players(waves, rate):
             '<div class="cursor"></div></div></div>')
     controls = ('<div class="controls"><button id="play" disabled>Loading</button>'
                 '<span id="time"></span></div><p class="soft">Click into a picture to go there. '
-                'Under each source is its share of the mixture, in white.</p>')
+                'Pictures show 0 to 8 kHz, low tones at the bottom. Under each source is its share '
+                'of the mixture, in white. What plays here is mono at 24 kHz, to keep the page '
+                'small.</p>')
     return controls + "".join(parts), sound
 
 
@@ -206,8 +210,6 @@ def song_players(folder, told):
 def song_page(folder):
     """The page of what listen.py has written into a folder."""
     told = read_marker(folder)
-    if told is None:
-        raise ValueError(f"{folder} has no listen.json: it is not by listen.py")
     if not told["finished"]:
         raise ValueError(f"{folder} is not finished: run listen.py again")
     title, sound = os.path.basename(told["song"]), []
@@ -224,8 +226,10 @@ def song_page(folder):
     for name, means in told["tags"].items():
         classes, rows = tags_of(os.path.join(folder, f"{name}.csv"))
         body += f"<h2>Tags: {escape(name)}</h2>" + tag_curves(classes, rows, told["seconds"])
-        body += folded("all tags", table(["tag", "mean score"], means.items()))
-    settings = [(key, json.dumps(value)) for key, value in told["made_with"].items()]
+        if len(classes) > MOST:
+            body += folded("all tags", table(["tag", "mean score"], means.items()))
+    settings = [(key, json.dumps(value)) for key, value in told["made_with"].items()
+                if key in ("song", "networks", "format", "hop")]
     body += folded("how this was made", table(["", ""], settings))
     write(os.path.join(folder, "song.html"), title, body, sound)
 
@@ -352,11 +356,17 @@ def run_page(path):
 def make(path):
     """The page of a folder of listen.py, of results, or of a log."""
     if os.path.isdir(path):
-        song_page(path)
+        found = glob.glob(os.path.join(glob.escape(path), "**", "listen.json"), recursive=True)
+        if not found:
+            raise ValueError(f"{path} holds no listen.json: it is not by listen.py")
+        for marker in sorted(found):
+            song_page(os.path.dirname(marker))
     elif path.endswith(".jsonl"):
         run_page(path)
-    else:
+    elif path.endswith(".json"):
         result_page(path)
+    else:
+        raise ValueError(f"{path} is not a folder of listen.py, a .json of results or a .jsonl log")
 
 
 def main():

@@ -62,7 +62,11 @@ def fetch(name):
     with FileLock(os.path.join(folder, ".lock")):       # the runs of a table may ask at once
         both = (".index", ".data-00000-of-00001")
         new = [end for end in both if not os.path.exists(prefix + end)]
-        download.fetch([(url + end, "") for end in new], folder, pauses=PAUSES)
+        try:
+            download.fetch([(url + end, "") for end in new], folder, pauses=PAUSES)
+        except ValueError as e:
+            raise ValueError(f"{e} (of its two files, {' and '.join(new)}, none may be missing). "
+                             "A network of your own needs none of this: name its .pt file") from e
         if new:
             check(prefix, new)
             print(f"released:{name}: every tensor has the checksum of the index")

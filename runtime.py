@@ -8,6 +8,7 @@ import ast
 import contextlib
 import ctypes
 import difflib
+import errno
 import functools
 import math
 import os
@@ -19,10 +20,15 @@ import types
 import torch
 import torch.distributed as dist
 
+import fused
+
 try:
     import fcntl
 except ImportError:     # Windows has none
     fcntl = None
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)     # the disk is full, or this user's share of it
 
 
 def die(message):
@@ -53,7 +59,10 @@ def script(main):
     try:
         status = main()
     except OSError as e:
-        die(f"{e.filename}: {e.strerror}" if e.filename else e)
+        told = f"{e.filename}: {e.strerror}" if e.filename else e
+        if e.errno in FULL:
+            told = f"{told}; make room there, and the same command goes on"
+        die(told)
     except ImportError as e:
         die(f"{e}: install what requirements.txt lists (pip install -r requirements.txt)")
     except ValueError as e:
@@ -93,7 +102,7 @@ class Stop:
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.SIG_DFL)
         # print() may be in use at this moment: write past it
-        os.write(2, b"stopping after this step; a second signal leaves at once\n")
+        os.write(2, b"\nstopping after this step; a second signal leaves at once\n")
 
 
 # -----------------------------------------------------------------------------
@@ -135,8 +144,8 @@ def _typed(key, value, default, where):
     if kind is list and type(value) in (list, tuple):
         return [_typed(key, v, default[0], where) if default else v for v in value]
     if type(value) is not kind:
-        name = "true or false (True / False)" if kind is bool else kind.__name__
-        die(f"{where}: {key} must be {name}, like {default!r}, got {value!r}")
+        name = "True or False" if kind is bool else f"{kind.__name__}, like {default!r}"
+        die(f"{where}: {key} must be {name}, got {value!r}")
     return value
 
 
@@ -200,7 +209,7 @@ def configure(scope, argv=None, configs=True, more=()):
     for path in more:
         keys |= {key: its for key, its in documented_keys(path).items() if key not in keys}
     if "--help" in argv or "-h" in argv:
-        print(scope["__doc__"].strip() + "\n\nkeys, as --key=value:")
+        print(scope["__doc__"].strip() + "\n\nkeys, as --key=value:" * bool(keys))
         for key, (default, comment) in keys.items():
             print(f"{f'  {key} = {default!r}':40}  # {comment}")
         raise SystemExit(0)
@@ -289,6 +298,7 @@ def start(device):
         sys.stdout = open(os.devnull, "w")
     if device == "cpu":
         keep_freed_memory()
+        fused.kernel()      # compiled now if it is not there: later its note would be in the way
     return device, rank, world
 
 
@@ -353,8 +363,10 @@ def naming(path):
 
 def hold(folder):
     """Holds the folder until this process, and all that it has started, is gone."""
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        die(f"{folder} is a file, and a folder is needed to write to")
     os.makedirs(folder, exist_ok=True)
-    lock = os.open(os.path.join(folder, ".lock"), os.O_CREAT | os.O_RDWR)
+    lock = os.open(os.path.join(folder, ".lock"), os.O_CREAT | os.O_RDWR, 0o666)
     try:
         if fcntl:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -33,8 +33,7 @@ class TailBlock(nn.Module):
             self.adapter = nn.Conv2d(c_skip, c_in, 1)
         if join == "concat":
             c_in = c_in + c_skip
-        # named as if BatchNorm and ReLU were two, as in older checkpoints
-        self.convs = nn.Sequential(OrderedDict({
+        self.convs = nn.Sequential(OrderedDict({    # numbered as in older checkpoints
             "0": nn.Conv2d(c_in, c_out, 3, padding=1), "1": NormLeaky(c_out, 0.0, momentum),
             "3": nn.Conv2d(c_out, c_out, 3, padding=1), "4": NormLeaky(c_out, 0.0, momentum)}))
 

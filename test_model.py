@@ -235,14 +235,19 @@ def test_tags_are_resampled_as_prepared_data_is():
     torch.testing.assert_close(found, model.tag(tagger, at_16k), atol=1e-6, rtol=0)
 
 
-def test_songs_of_another_form_are_refused(net):
-    for bad in (noise(1, 1, 1, 9), noise(3, 5).int(), noise(2, 0)):
+def test_songs_of_another_form_and_other_networks_are_refused(net):
+    tagger = model.Classifier(3, True, "tail", tail_widths=[4] * 7).eval()
+    for bad in (noise(1, 1, 1, 9), noise(3, 5).int(), noise(2, 0), noise(9).numpy()):
         with pytest.raises(ValueError, match="a song is"):
             model.separate(net, bad)
         with pytest.raises(ValueError, match="a song is"):
-            model.tag(net, bad)
+            model.tag(tagger, bad)
     with pytest.raises(ValueError, match="hop must be"):
-        model.tag(net, noise(9), hop=-1.0)
+        model.tag(tagger, noise(9), hop=-1.0)
+    with pytest.raises(ValueError, match="is a Classifier, not a Separator"):
+        model.separate(tagger, noise(9))
+    with pytest.raises(ValueError, match="is a Separator, not a Classifier"):
+        model.tag(net, noise(9))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is measured on Linux only")

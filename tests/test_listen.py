@@ -66,6 +66,10 @@ def test_one_command_gives_sources_and_tags(nets, tmp_path):
 
     rows = json.loads((folder / "tags.json").read_text())
     assert [(row["start"], row["end"]) for row in rows] == [(0.0, 3.862), (1.92, 5.782)]
+    # no row is longer than the song
+    song_at(tmp_path / "short.wav", 0.5)
+    run("listen.py", tmp_path / "short.wav", f"--tagger={nets['tags']}", f"--out={out}")
+    assert json.loads((out / "short" / "tags.json").read_text())[0]["end"] == 0.5
     scores = [tag["score"] for tag in rows[0]["tags"]]
     assert scores == sorted(scores, reverse=True) and len(scores) == 3
     with open(folder / "tags.csv", newline="") as f:
@@ -81,7 +85,7 @@ def test_one_command_gives_sources_and_tags(nets, tmp_path):
     # what is finished is left alone, and not replaced by something else unasked
     before = (folder / "vocals.wav").stat().st_mtime_ns
     assert "is finished" in run("listen.py", *args)
-    assert "other settings" in run("listen.py", *args, "--hop=1", ok=False)
+    assert "with another hop: --overwrite" in run("listen.py", *args, "--hop=1", ok=False)
     assert (folder / "vocals.wav").stat().st_mtime_ns == before
     run("listen.py", *args, "--hop=1", "--format=flac", "--overwrite=True")
     assert len(json.loads((folder / "tags.json").read_text())) == 3
@@ -159,11 +163,71 @@ def test_one_broken_song_does_not_stop_the_others(nets, tmp_path):
     assert "is finished" in run("listen.py", *args)
 
 
-def test_songs_that_would_write_to_one_folder_are_refused(nets, tmp_path):
+def test_songs_of_one_name_have_folders_of_their_own(nets, tmp_path):
     song_at(tmp_path / "a.wav", 1)
     song_at(tmp_path / "a.flac", 1)
-    said = run("listen.py", tmp_path, f"--tagger={nets['tags']}", f"--out={tmp_path}/o", ok=False)
-    assert "would both be written" in said and not (tmp_path / "o").exists()
+    (tmp_path / "sub").mkdir()
+    song_at(tmp_path / "sub" / "a.wav", 1)
+    args = [f"--tagger={nets['tags']}", f"--out={tmp_path}/o"]
+    run("listen.py", tmp_path, *args)
+    assert sorted(path.parent.relative_to(tmp_path / "o").as_posix()
+                  for path in (tmp_path / "o").rglob("tags.csv")) == ["a.flac", "a.wav", "sub/a"]
+    # of several folders they would be mixed up
+    said = run("listen.py", tmp_path / "sub", tmp_path / "sub" / "a.wav", tmp_path / "a.wav", *args,
+               ok=False)
+    assert "would both be written" in said
+    # nothing that was written is a song, wherever it is written to now
+    said = run("listen.py", tmp_path / "o", f"--tagger={nets['tags']}", f"--out={tmp_path}/p",
+               ok=False)
+    assert "holds no audio" in said
+
+
+@pytest.mark.parametrize("name", ["vocals", "two"])
+def test_parts_of_a_loud_song_add_up_too(nets, tmp_path, name, monkeypatch):
+    """Where vocals and the song have the other sign, the rest would be louder than 16 bits hold."""
+    wave = np.sign(np.random.default_rng(0).standard_normal((48_000, 2)))
+    wave[:24_000] *= np.linspace(0, 1, 24_000)[:, None]
+    sf.write(tmp_path / "a.wav", wave, 16_000)
+    run("listen.py", tmp_path / "a.wav", f"--separator={nets[name]}", f"--out={tmp_path}/o")
+    found = {path.stem: int16(path) for path in (tmp_path / "o" / "a").glob("*.wav")}
+    song = int16(tmp_path / "a.wav")
+    assert np.array_equal(found["vocals"] + found.pop("accompaniment"), song)
+    if name == "two":
+        assert np.array_equal(sum(found.values()), song)
+    # it was needed here
+    net, _ = model.load(nets["vocals"])
+    stem = model.separate(net, torch.from_numpy(wave.T).float())[0].numpy()
+    assert np.abs(song.T - 32768 * stem).max() > 33_000
+
+
+def test_room_is_made_by_moving_sources_towards_zero():
+    rng = np.random.default_rng(0)
+    stems = rng.integers(-32768, 32768, (4, 2, 1000)).astype(np.int32)
+    whole = rng.integers(-32768, 32768, (2, 1000)).astype(np.int32)
+    moved = stems.copy()
+    listen.make_room(moved, whole)
+    rest = whole - moved.sum(0)
+    assert rest.min() >= -32768 and rest.max() <= 32767
+    assert (np.abs(moved) <= np.abs(stems)).all() and (moved * stems >= 0).all()
+    free = np.abs(whole - stems.sum(0) + 0.5) < 32768       # nothing is changed without need
+    assert free.any() and np.array_equal(moved[:, free], stems[:, free])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "opus"])
+def test_a_disk_that_takes_no_more_is_one_line(nets, tmp_path, kind):
+    song = song_at(tmp_path / "a.wav", 20)
+    code = ("import resource, sys, listen, runtime\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))\n"
+            "sys.argv[0] = 'listen.py'\n"
+            "runtime.script(listen.main)")
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(song), f"--separator={nets['two']}", f"--format={kind}",
+         f"--out={tmp_path}/o"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "PyAV" not in done.stderr
+    said = done.stdout + done.stderr
+    assert "File too large" in said and said.count("error:") == 2       # the song, then the sum
+    assert [path.name for path in (tmp_path / "o" / "a").iterdir()] == ["listen.json"]
 
 
 def test_a_folder_that_is_not_ours_is_left_alone(nets, tmp_path):

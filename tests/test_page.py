@@ -204,6 +204,8 @@ def test_what_has_no_page_is_one_line(tmp_path):
     assert "not a result" in run("page.py", tmp_path / "x.json", ok=False)
     assert "name folders" in run("page.py", ok=False)
     assert "listen.json" in run("page.py", tmp_path, ok=False)
+    (tmp_path / "x.mp3").write_bytes(b"\xff")
+    assert "is not a folder of listen.py" in run("page.py", tmp_path / "x.mp3", ok=False)
 
 
 # -----------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def test_values_get_the_type_of_their_default(option, key, value):
 
 @pytest.mark.parametrize("option, words", [
     ("--batchsize=4", "did you mean 'batch_size'"), ("--steps=many", "int"), ("--steps", "--key="),
-    ("--compile=1", "True / False"), ("missing.py", "no config file"), ("--steps=1.5", "int"),
+    ("--compile=1", "True or False"), ("missing.py", "no config file"), ("--steps=1.5", "int"),
     ("--widths=a,b", "widths must be int"), ("--widths=1.5,2", "int"), ("-steps=3", "--key=value")])
 def test_a_wrong_option_is_an_error_of_one_line(option, words):
     with pytest.raises(SystemExit) as e:
