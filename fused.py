@@ -49,7 +49,7 @@ def kernel():
         return ctypes.CDLL(path)
     except (OSError, subprocess.TimeoutExpired) as e:
         reason = " ".join(str(e).split())[:160]
-        print(f"note: no C++ compiler for fused.cpp ({reason}): networks are slower on this CPU",
+        print(f"note: fused.cpp cannot be compiled here ({reason}): networks are slower",
               file=sys.stderr)
         return None
 
