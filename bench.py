@@ -68,7 +68,7 @@ def build(name):
         return model.Separator(["vocals"], **narrow), 8
     if name == "separator4":
         return model.Separator(STEMS, pool="avg", **narrow), 8
-    if size == "demo":
+    if size == "demo" and not name.startswith("ast"):
         narrow = NARROW | NARROW_TAIL
     return model.Classifier(50, True, name, **narrow), 16
 
@@ -77,14 +77,17 @@ def batches(net, kind, count):
     """Endless batches (waves, targets) of so many crops, from `data` or of noise."""
     if not data:
         torch.manual_seed(1)
-        wave = 0.1 * torch.randn(count, model.CROP)                             # (B, N)
+        wave = 0.1 * torch.randn(count, getattr(net, "crop", model.CROP))       # (B, N)
         if kind == "separator":
             return itertools.repeat((wave, torch.stack([wave] * len(net.sources), 1)))
         return itertools.repeat((wave, (torch.rand(count, 50) < 0.1).float()))
     if kind == "separator":
         mixes = Mixes(Prepared(data, "stems"), "train", net.sources, 1)
         return prefetch(lambda k: mixes.batch(k * count, count), itertools.count(), workers)
-    clips = Clips(Prepared(data, "clips"), "train", "tags", net.frames)
+    clips = Clips(Prepared(data, "clips"), "train", "tags")
+    clips.crop = net.crop
+    if len(clips.classes) != 50:
+        runtime.die(f"{data} has {len(clips.classes)} tags, and these networks 50: name data/mtat")
     return prefetch(lambda k: clips.batch(k, clips.order(k)[:count]), itertools.count(), workers)
 
 

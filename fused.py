@@ -145,6 +145,7 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
                 and self.weight.dtype == torch.float32 and x.numel() > x.shape[1]
                 and not torch.compiler.is_compiling() and kernel() is not None)
 
+    @torch.compiler.disable         # compiled, it would lose the gradient through the sums
     def forward_synced(self, x):
         """The same over the batches of all processes, which must be of one size."""
         world, dims = dist.get_world_size(), [d for d in range(x.dim()) if d != 1]

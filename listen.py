@@ -22,6 +22,7 @@ import glob
 import json
 import math
 import os
+from collections import Counter
 
 import numpy as np
 import torch
@@ -223,8 +224,9 @@ def find_songs(paths):
         if os.path.isdir(path):
             files, root = songs_in(path), path
         bases = [os.path.splitext(os.path.relpath(file, root))[0] for file in files]
+        times = Counter(bases)
         for file, base in zip(files, bases, strict=True):
-            if bases.count(base) > 1:           # song.mp3 and song.wav
+            if times[base] > 1:                 # song.mp3 and song.wav
                 base = os.path.relpath(file, root)
             target = os.path.join(out, base)
             if os.path.realpath(found.setdefault(target, file)) != os.path.realpath(file):
@@ -237,14 +239,17 @@ def songs_in(folder):
     """The audio files in a folder, but for what was written there."""
     written = os.path.realpath(out) + os.sep
     files = [file for file in walk(folder) if is_audio(file)]
-    made = [file for file in files if os.path.realpath(file).startswith(written)
-            or os.path.exists(os.path.join(os.path.dirname(file), "listen.json"))]
-    lost = [file for file in files if not os.path.exists(file)]
-    for file in lost:
-        print(f"passed over {file}: it is a link to nowhere")
-    songs = [file for file in files if file not in made + lost]
+    songs, made = [], 0
+    for file in files:
+        beside = os.path.join(os.path.dirname(file), "listen.json")
+        if not os.path.exists(file):
+            print(f"passed over {file}: it is a link to nowhere")
+        elif os.path.realpath(file).startswith(written) or os.path.exists(beside):
+            made += 1
+        else:
+            songs.append(file)
     if not songs:
-        die(f"{folder} holds no audio" + " but what this script has written" * bool(made))
+        die(f"{folder} holds no audio" + f" but what is written there (--out={out})" * bool(made))
     return songs
 
 

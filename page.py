@@ -359,8 +359,14 @@ def make(path):
         found = glob.glob(os.path.join(glob.escape(path), "**", "listen.json"), recursive=True)
         if not found:
             raise ValueError(f"{path} holds no listen.json: it is not by listen.py")
+        failed = []
         for marker in sorted(found):
-            song_page(os.path.dirname(marker))
+            try:
+                song_page(os.path.dirname(marker))
+            except (ValueError, OSError) as e:      # one song must not stop the others
+                failed.append(str(e))
+        if failed:
+            raise ValueError(f"{len(failed)} of {len(found)} songs have no page: {failed[0]}")
     elif path.endswith(".jsonl"):
         run_page(path)
     elif path.endswith(".json"):

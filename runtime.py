@@ -295,7 +295,7 @@ def start(device):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank > 0:        # what all have to say is said once; errors are not held back
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     if device == "cpu":
         keep_freed_memory()
         fused.kernel()      # compiled now if it is not there: later its note would be in the way

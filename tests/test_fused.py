@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import NARROW, ROOT
+from conftest import NARROW, ROOT, TORCHRUN
 
 import fused
 
@@ -93,6 +93,49 @@ def test_far_from_zero_and_without_spread():
     y = norm(x)
     assert y[:, 3].isnan().all() and y[:, [0, 7]].isfinite().all()
     assert norm(x.bfloat16())[:, 3].isnan().all()
+
+
+@needs_compiler
+def test_a_channel_that_is_nearly_constant():
+    norm, _ = module_and_input((2, 1, 8, 8))
+    x = torch.zeros(8, 1, 384, 256).to(memory_format=torch.channels_last)
+    x.view(-1)[x.numel() // 2] = 1.7
+    with torch.no_grad():
+        _, mean, var = fused.NormLeakyFunction.apply(x, norm.weight, norm.bias, 1e-3, 0.01)
+    assert mean.item() == pytest.approx(x.double().mean().item(), rel=1e-5)
+    assert var.item() == pytest.approx(x.double().var().item(), rel=1e-4)
+
+
+SYNCED = """
+import os, torch, torch.distributed as dist, model, fused
+dist.init_process_group("gloo")
+rank, gradients = dist.get_rank(), []
+torch.manual_seed(0)
+wave = torch.randn(4, model.CROP)
+for kind in ("whole", "synced", "compiled"):
+    torch.manual_seed(1)
+    net = model.Separator(["vocals"], [4, 4])
+    part = wave
+    if kind != "whole":
+        fused.synchronise(net)
+        part = wave[2 * rank:2 * rank + 2]
+    if kind == "compiled":
+        net.unet.compile(dynamic=False, backend="eager")
+    net(part).abs().mean().backward()
+    flat = torch.cat([p.grad.flatten() for p in net.parameters()])
+    dist.all_reduce(flat)
+    gradients.append(flat / 2)
+for found in gradients[1:]:
+    assert (found - gradients[0]).norm() < 1e-3 * gradients[0].norm(), (found - gradients[0]).norm()
+"""
+
+
+def test_synced_gradients_are_those_of_the_whole_batch_compiled_too(tmp_path):
+    (tmp_path / "synced.py").write_text(SYNCED)
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(tmp_path / "synced.py")], cwd=ROOT, text=True,
+        capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @needs_compiler
