@@ -52,8 +52,6 @@ NARROW = {"widths": [8, 16, 16, 32, 32, 32]}
 NARROW_TAIL = {"tail_widths": [16, 16, 32, 32, 32, 32, 64]}
 HEADS = ("network", "ms/step", "crops/s", "TFLOP/s", "of matmul", "bare conv. ms", "of bare conv.",
          "GiB", "waiting", "music s/s")
-
-
 MEASURES = "BENCH_MEASURES"     # in the environment of the processes that measure
 
 
@@ -181,7 +179,8 @@ def measure(name, on):
         runtime.compile_parts(parts, on)
 
     # training
-    step(), step()
+    for _ in range(2):
+        step()
     meter.reset()
     seconds = median_seconds(step, on, steps, 0)
     waiting, memory = meter.waited / (time.time() - meter.began), peak_gib(on)

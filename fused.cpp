@@ -148,8 +148,8 @@ void backward_row(const T* dy, const T* x, T* dx, long length, const float* a, c
 
 // -------------------------------------------------------------------------------------------------
 
-// mean and biased variance (channels), around the mean of some pixels: it is near the mean of all, so
-// little is lost
+// mean and biased variance (channels), around the mean of some pixels: it is near the mean of all,
+// so little is lost
 template <class T>
 void measure(const T* x, long n, long channels, float* mean, float* var) {
     Rows rows(n, channels);

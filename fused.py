@@ -19,7 +19,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.distributed.nn.functional import all_reduce
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
@@ -148,9 +147,11 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
     @torch.compiler.disable         # compiled, it would lose the gradient through the sums
     def forward_synced(self, x):
         """The same over the batches of all processes, which must be of one size."""
+        from torch.distributed.nn.functional import all_reduce  # not every PyTorch has it
         world, dims = dist.get_world_size(), [d for d in range(x.dim()) if d != 1]
         shape = [1, -1] + [1] * (x.dim() - 2)
         wide = x.float()
+        # a gradient passes through both sums: batches of others depend on this one
         own_var, own_mean = torch.var_mean(wide, dims, correction=0)            # (C,)
         mean = all_reduce(own_mean) / world
         var = all_reduce(own_var + (own_mean - mean) ** 2) / world
