@@ -128,7 +128,8 @@ def bare_seconds(seen, on, amp_dtype):
     for module, shape, needs_gradient in seen:
         x = torch.randn(shape, device=on, dtype=amp_dtype or torch.float32)
         x = x.to(memory_format=torch.channels_last).requires_grad_(needs_gradient)
-        bare = type(module)(
+        kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.ConvTranspose2d
+        bare = kind(
             module.in_channels, module.out_channels, module.kernel_size, module.stride,
             module.padding).to(on, amp_dtype, memory_format=torch.channels_last)
         gradient = torch.randn_like(bare(x))

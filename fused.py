@@ -1,11 +1,13 @@
 """
-BatchNorm and LeakyReLU in one module: on a CPU by our own kernel, fused.cpp, else by PyTorch.
+Parts of the networks that are faster on a CPU by our own kernels, fused.cpp and thin.cpp:
+BatchNorm and LeakyReLU in one, convolutions with one or two channels on a side, pooling.
 
-PyTorch's own functions take most of the time that is not convolution. The kernel takes a third of
-theirs, its sums are more exact, and they do not depend on the number of threads. It is compiled
-within seconds, once, to the cache folder of the user. Where there is no C++ compiler, PyTorch's
-functions are used, and one line says so.
+With PyTorch's own functions these take most of the time that is not convolution, and much of the
+memory. The sums of the kernels are more exact, and they do not depend on the number of threads.
+They are compiled within seconds, once, to the cache folder of the user. Where there is no C++
+compiler, and on other devices, PyTorch's functions are used. One line says that there is none.
 """
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,15 +23,30 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+FILES = ["fused.cpp", "thin.cpp", "fused.h"]
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC"]
+switched_off = False            # see plain()
+
+
+@contextlib.contextmanager
+def plain():
+    """Within it, PyTorch's functions are used: their arithmetic can be counted."""
+    global switched_off
+    before, switched_off = switched_off, True
+    try:
+        yield
+    finally:
+        switched_off = before
 
 
 @functools.cache
 def kernel():
-    """The compiled fused.cpp; None if it cannot be had here, which is told in one line."""
-    with open(os.path.join(HERE, "fused.cpp"), "rb") as f:
-        source = f.read()
+    """The compiled kernels; None if they cannot be had here, which is told in one line."""
+    paths, source = [os.path.join(HERE, name) for name in FILES], b""
+    for path in paths:
+        with open(path, "rb") as f:
+            source += f.read()
     # a home folder may be shared by machines with other processors
     what = [*FLAGS, platform.platform(), torch.backends.cpu.get_cpu_capability(), processor()]
     name = hashlib.sha256(source + " ".join(what).encode()).hexdigest()[:16]
@@ -40,7 +57,7 @@ def kernel():
             os.makedirs(os.path.dirname(path), exist_ok=True)
             made = f"{path}.{os.getpid()}.tmp"
             compiler = os.environ.get("CXX", "c++")
-            done = subprocess.run([compiler, *FLAGS, "-x", "c++", "-", "-o", made], input=source,
+            done = subprocess.run([compiler, *FLAGS, *paths[:2], "-o", made],
                                   capture_output=True, timeout=120)
             if done.returncode:
                 raise OSError(done.stderr.decode(errors="replace").strip() or "it says nothing")
@@ -62,20 +79,45 @@ def processor():
         return ""
 
 
+def takes(x):
+    """Whether the kernels can do it; compilers and exporters want PyTorch's functions."""
+    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+            and not switched_off and not torch.compiler.is_compiling() and kernel() is not None)
+
+
+def pixels_last(x):
+    """The same values with the channels next to each other."""
+    if x.dim() != 4:
+        return x.contiguous()
+    y = torch.empty_like(x, memory_format=torch.channels_last)
+    return x if x.stride() == y.stride() else y.copy_(x)
+
+
 def address(tensor):
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
+def longs(*numbers):
+    return map(ctypes.c_long, numbers)
+
+
+def half(x):
+    return int(x.dtype == torch.bfloat16)
+
+
+# -----------------------------------------------------------------------------
+# BatchNorm and LeakyReLU
+
 def sizes(x):
-    return int(x.dtype == torch.bfloat16), ctypes.c_long(x.numel()), ctypes.c_long(x.shape[1])
+    return half(x), *longs(x.numel(), x.shape[1])
 
 
 def apply(x, weight, bias, mean, var, eps, slope):
     """leaky_relu(weight (x - mean) / sqrt(var + eps) + bias), without gradients."""
-    half, n, channels = sizes(x)
+    is_half, n, channels = sizes(x)
     y = torch.empty_like(x)
     numbers = map(ctypes.c_float, (eps, slope))
-    kernel().norm_apply(half, address(x), address(y), n, channels,
+    kernel().norm_apply(is_half, address(x), address(y), n, channels,
                         *map(address, (weight, bias, mean, var)), *numbers)
     return y
 
@@ -85,9 +127,9 @@ class NormLeakyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, slope):
-        half, n, channels = sizes(x)
+        is_half, n, channels = sizes(x)
         mean, var = torch.empty_like(weight), torch.empty_like(weight)
-        kernel().norm_measure(half, address(x), n, channels, address(mean), address(var))
+        kernel().norm_measure(is_half, address(x), n, channels, address(mean), address(var))
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.numbers = eps, slope
         ctx.mark_non_differentiable(mean, var)
@@ -97,12 +139,11 @@ class NormLeakyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, *_):
         x, *parameters = ctx.saved_tensors
-        half, n, channels = sizes(x)
-        if dy.stride() != x.stride():
-            dy = torch.empty_like(x).copy_(dy)
+        is_half, n, channels = sizes(x)
+        dy = pixels_last(dy)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         dweight, dbias = (torch.empty_like(parameters[0]) for _ in range(2))
-        kernel().norm_backward(half, *map(address, (dy, x, dx)), n, channels,
+        kernel().norm_backward(is_half, *map(address, (dy, x, dx)), n, channels,
                                *map(address, parameters), *map(ctypes.c_float, ctx.numbers),
                                address(dweight), address(dbias))
         return dx, dweight, dbias, None, None
@@ -127,22 +168,16 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
         if self.training and self.synced:
             return self.forward_synced(x)
         with_gradient = torch.is_grad_enabled() and not self.training
-        if with_gradient or not self.is_for_kernel(x):
+        is_plain = self.weight.dtype != torch.float32 or x.numel() == x.shape[1]
+        if with_gradient or is_plain or not takes(x):
             return F.leaky_relu(super().forward(x), self.slope, inplace=True)
-        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        x = x.contiguous(memory_format=layout)
+        x = pixels_last(x)
         if not self.training:
             return apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
                          self.slope)
         y, mean, var = NormLeakyFunction.apply(x, self.weight, self.bias, self.eps, self.slope)
         self.take_statistics(mean, var, x.numel() // x.shape[1])
         return y
-
-    def is_for_kernel(self, x):
-        """Whether the kernel can do it; compilers and exporters want PyTorch's functions."""
-        return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-                and self.weight.dtype == torch.float32 and x.numel() > x.shape[1]
-                and not torch.compiler.is_compiling() and kernel() is not None)
 
     @torch.compiler.disable         # compiled, it would lose the gradient through the sums
     def forward_synced(self, x):
@@ -173,3 +208,163 @@ def synchronise(net):
     for module in net.modules():
         if isinstance(module, NormLeaky):
             module.synced = True
+
+
+# -----------------------------------------------------------------------------
+# convolutions
+
+def run_thin(name, wide, few, *tensors):
+    """Calls a kernel of thin.cpp; `wide` is the image (B, C, T, F) with many channels."""
+    images, many, height, width = wide.shape
+    getattr(kernel(), name)(half(wide), *map(address, tensors),
+                            *longs(images, height, width, few, many))
+
+
+def spread(x, weight, bias, dtype):
+    """(B, S, T, F), S small, by a kernel (S, C, 3, 3) -> (B, C, T, F)."""
+    y = torch.empty((len(x), len(bias), *x.shape[2:]), dtype=dtype,
+                    memory_format=torch.channels_last)
+    weight = weight.permute(0, 2, 3, 1).contiguous()                # (S, 3, 3, C)
+    run_thin("thin_spread", y, x.shape[1], x, weight, bias, y)
+    return y
+
+
+def gather(x, weight, bias):
+    """(B, C, T, F) by a kernel (S, C, 3, 3), S small -> (B, S, T, F), float32."""
+    y = torch.empty((len(x), len(bias), *x.shape[2:]), memory_format=torch.channels_last)
+    weight = weight.permute(0, 2, 3, 1).contiguous()                # (S, 3, 3, C)
+    run_thin("thin_gather", x, len(bias), x, weight, bias, y)
+    return y
+
+
+def correlate(x, y):
+    """(B, S, T, F) and (B, C, T, F) -> sums of products (S, C, 3, 3), and of y: (C,)."""
+    sums = torch.empty(x.shape[1], 10, y.shape[1])
+    run_thin("thin_correlate", y, x.shape[1], x, y, sums)
+    return sums[:, :9].transpose(1, 2).unflatten(-1, (3, 3)), sums[0, 9]
+
+
+class FromFew(torch.autograd.Function):
+    """The convolution by (C, S, 3, 3) of S channels, one or two: (B, S, T, F) -> (B, C, T, F)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, dtype):
+        ctx.save_for_backward(x, weight)
+        return spread(x, weight.transpose(0, 1), bias, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx, dy = None, pixels_last(dy)
+        if ctx.needs_input_grad[0]:
+            dx = gather(dy, weight.transpose(0, 1).flip(2, 3), torch.zeros(x.shape[1]))
+        dweight, dbias = correlate(x, dy)
+        return dx, dweight.transpose(0, 1), dbias, None
+
+
+class ToFew(torch.autograd.Function):
+    """The convolution by (S, C, 3, 3) to S channels, one or two: (B, C, T, F) -> (B, S, T, F)."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return gather(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx, dy = None, pixels_last(dy)
+        if ctx.needs_input_grad[0]:
+            dx = spread(dy, weight.flip(2, 3), torch.zeros(x.shape[1]), x.dtype)
+        dweight, _ = correlate(dy, x)
+        return dx, dweight.flip(2, 3), dy.sum((0, 2, 3), dtype=torch.float64).float()
+
+
+class Conv3x3(nn.Conv2d):
+    """nn.Conv2d of 3x3, padded by one: (B, C, T, F) -> (B, C', T, F)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 3, padding=1)
+
+    def forward(self, x):
+        thin = min(self.in_channels, self.out_channels) <= 2
+        if not thin or self.weight.dtype != torch.float32 or not takes(x):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if self.in_channels <= 2:
+            return FromFew.apply(pixels_last(x.float()), self.weight, self.bias, dtype)
+        return ToFew.apply(pixels_last(x), self.weight, self.bias).to(dtype)
+
+
+class UpFunction(torch.autograd.Function):
+    """A transposed convolution of 2x2 with stride 2; its gradients are two matrix products."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return F.conv_transpose2d(x, weight, bias, stride=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        images, c_in, height, width = x.shape
+        c_out = dy.shape[1]
+        # beside each other what came of one pixel: row and column in a square of four, channel
+        dy = pixels_last(dy).permute(0, 2, 3, 1)                    # (B, 2T, 2F, C')
+        dy = dy.reshape(images, height, 2, width, 2 * c_out).transpose(2, 3)
+        dy = dy.reshape(-1, 4 * c_out)                              # (B T F, 4 C')
+        pixels = x.permute(0, 2, 3, 1).reshape(-1, c_in).to(dy.dtype)           # (B T F, C)
+        flat = weight.permute(0, 2, 3, 1).reshape(c_in, 4 * c_out).to(dy.dtype)
+        dx = (dy @ flat.T).view(images, height, width, c_in).permute(0, 3, 1, 2)
+        dweight = (pixels.T @ dy).view(c_in, 2, 2, c_out).permute(0, 3, 1, 2)
+        dbias = dy.sum(0, dtype=torch.float32).view(4, c_out).sum(0)
+        return dx.to(x.dtype), dweight.to(weight.dtype), dbias
+
+
+class Up(nn.ConvTranspose2d):
+    """nn.ConvTranspose2d of 2x2 with stride 2: (B, C, T, F) -> (B, C', 2T, 2F)."""
+
+    def __init__(self, c_in, c_out):
+        super().__init__(c_in, c_out, 2, stride=2)
+
+    def forward(self, x):
+        if takes(x) and torch.is_grad_enabled():
+            return UpFunction.apply(x, self.weight, self.bias)
+        return super().forward(x)
+
+
+# -----------------------------------------------------------------------------
+# pooling
+
+class PoolFunction(torch.autograd.Function):
+    """Keeps one byte per result for the gradient, where PyTorch keeps the input and eight."""
+
+    @staticmethod
+    def forward(ctx, x, tall, wide, largest):
+        images, channels, height, width = x.shape
+        y = torch.empty((images, channels, height // tall, width // wide), dtype=x.dtype,
+                        memory_format=torch.channels_last)
+        which = torch.empty_like(y, dtype=torch.uint8) if largest else None
+        ctx.numbers = images * (height // tall), tall, width // wide, wide, channels
+        ctx.like, ctx.which = (x.shape, x.dtype), which
+        kernel().pool_forward(half(x), address(x), address(y), address(which), *longs(*ctx.numbers))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        shape, dtype = ctx.like
+        dy, dx = pixels_last(dy), torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        kernel().pool_backward(half(dy), address(dy), address(ctx.which), address(dx),
+                               *longs(*ctx.numbers))
+        return dx, None, None, None
+
+
+def pool(x, size, kind="max"):
+    """F.max_pool2d or F.avg_pool2d: (B, C, T, F) by size (t, f) -> (B, C, T / t, F / f)."""
+    if x.shape[2] % size[0] or x.shape[3] % size[1] or not takes(x):
+        return {"max": F.max_pool2d, "avg": F.avg_pool2d}[kind](x, size)
+    return PoolFunction.apply(pixels_last(x), *size, kind == "max")

@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tf_checkpoint
-from fused import NormLeaky
+from fused import Conv3x3, NormLeaky, Up, pool
 from tail import Tail, Transformer
 
 SAMPLE_RATE = 16000
@@ -113,14 +113,14 @@ def log_compress(x):
 def two_convs(c_in, c_out, momentum):
     """2 x [BatchNorm, LeakyReLU, Conv3x3]: normalised before the convolution, the input too."""
     return nn.Sequential(OrderedDict({              # numbered as in older checkpoints
-        "0": NormLeaky(c_in, 0.01, momentum), "2": nn.Conv2d(c_in, c_out, 3, padding=1),
-        "3": NormLeaky(c_out, 0.01, momentum), "5": nn.Conv2d(c_out, c_out, 3, padding=1)}))
+        "0": NormLeaky(c_in, 0.01, momentum), "2": Conv3x3(c_in, c_out),
+        "3": NormLeaky(c_out, 0.01, momentum), "5": Conv3x3(c_out, c_out)}))
 
 
 class DecoderBlock(nn.Module):
     def __init__(self, c_in, c_out, momentum):
         super().__init__()
-        self.up = nn.ConvTranspose2d(c_in, c_out, 2, stride=2)
+        self.up = Up(c_in, c_out)
         self.convs = two_convs(c_out, c_out, momentum)
 
     def forward(self, x):
@@ -134,10 +134,10 @@ class UNet(nn.Module):
     (B, C, T / 2^(5 - d), 256 / 2^(5 - d)).
     """
 
-    def __init__(self, n_sources, widths, pool, momentum):
+    def __init__(self, n_sources, widths, pool_kind, momentum):
         super().__init__()
         first, ups = widths[0], widths[::-1]
-        self.pool = {"max": F.max_pool2d, "avg": F.avg_pool2d}[pool]
+        self.pool_kind = pool_kind
         self.encoder = nn.ModuleList(
             two_convs(a, b, momentum) for a, b in zip((1, *widths[:-1]), widths, strict=True))
         # from below ups[i - 1] channels, from the side the pooled ones of encoder block 5 - i
@@ -146,12 +146,12 @@ class UNet(nn.Module):
             DecoderBlock(a, b, momentum) for a, b in zip(below, ups, strict=True))
         self.head = nn.Sequential(
             two_convs(first + 1, 2 * first, momentum),
-            nn.Conv2d(2 * first, n_sources, 3, padding=1))
+            Conv3x3(2 * first, n_sources))
 
     def forward(self, spec):
         x, pooled, outputs = spec, [], []
         for block in self.encoder:
-            x = self.pool(block(x), 2)                              # (B, C, T/2, F/2), ...
+            x = pool(block(x), (2, 2), self.pool_kind)              # (B, C, T/2, F/2), ...
             pooled.append(x)
         for i, block in enumerate(self.decoder):
             if i > 0:

@@ -286,6 +286,8 @@ def start(device):
     elif world > 1 and device != "cpu":
         die(f"device={device} with {world} processes: use --device=cuda, and each takes a GPU of "
             "its own")
+    if device == "cpu":
+        keep_freed_memory()
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
@@ -297,7 +299,6 @@ def start(device):
     if rank > 0:        # what all have to say is said once; errors are not held back
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     if device == "cpu":
-        keep_freed_memory()
         fused.kernel()      # compiled now if it is not there: later its note would be in the way
     return device, rank, world
 
@@ -321,11 +322,14 @@ def keep_freed_memory():
     """Tells glibc to keep freed memory; other C libraries have no mallopt and are left alone.
 
     Else the kernel gets it, and gives it out again zeroed: a training step takes 1.6 times as long.
+    Only the largest tensors go back, as the gaps that they leave would cost a third of all memory.
     """
+    # tensors in large pages, where Linux has them; PyTorch looks when it makes its first tensor
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(-4, 0)      # M_MMAP_MAX
-        mallopt(-1, -1)     # M_TRIM_THRESHOLD, as size_t: never
+        mallopt(-3, 150 * 2 ** 20)      # M_MMAP_THRESHOLD
+        mallopt(-1, -1)                 # M_TRIM_THRESHOLD, as size_t: never
 
 
 def compile_parts(parts, device):

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused import NormLeaky
+from fused import Conv3x3, NormLeaky, pool
 
 PATCH = 16              # frames and mel bands of a patch
 DROPOUT = 0.1           # in the transformer
@@ -26,25 +26,25 @@ class TailBlock(nn.Module):
     join: None (there is none), concat (along channels), add (through a 1x1 convolution).
     """
 
-    def __init__(self, c_in, c_out, c_skip, join, pool, momentum):
+    def __init__(self, c_in, c_out, c_skip, join, size, momentum):
         super().__init__()
-        self.join, self.pool = join, pool
+        self.join, self.size = join, size
         if join == "add":
             self.adapter = nn.Conv2d(c_skip, c_in, 1)
         if join == "concat":
             c_in = c_in + c_skip
         self.convs = nn.Sequential(OrderedDict({    # numbered as in older checkpoints
-            "0": nn.Conv2d(c_in, c_out, 3, padding=1), "1": NormLeaky(c_out, 0.0, momentum),
-            "3": nn.Conv2d(c_out, c_out, 3, padding=1), "4": NormLeaky(c_out, 0.0, momentum)}))
+            "0": Conv3x3(c_in, c_out), "1": NormLeaky(c_out, 0.0, momentum),
+            "3": Conv3x3(c_out, c_out), "4": NormLeaky(c_out, 0.0, momentum)}))
 
     def forward(self, x, skip=None):
         if self.join:
-            skip = F.max_pool2d(skip, (1, 2))                       # (B, C, T', F'/2), as mel
+            skip = pool(skip, (1, 2))                               # (B, C, T', F'/2), as mel
         if self.join == "concat":
             x = torch.cat([x, skip], 1)                             # (B, C + C', T', M')
         elif self.join == "add":
             x = x + self.adapter(skip)
-        return F.max_pool2d(self.convs(x), self.pool)
+        return pool(self.convs(x), self.size)
 
 
 class Tail(nn.Module):
@@ -56,9 +56,9 @@ class Tail(nn.Module):
         for i, width in enumerate(widths):
             joined = join is not None and 1 <= i <= len(skip_widths)
             c_skip = skip_widths[i - 1] if joined else 0
-            pool = 2 if i < len(widths) - 1 else (3, 2)             # 3 in time: 384 = 3 x 2^7
+            size = (2, 2) if i < len(widths) - 1 else (3, 2)        # 3 in time: 384 = 3 x 2^7
             self.blocks.append(
-                TailBlock(c_in, width, c_skip, join if joined else None, pool, momentum))
+                TailBlock(c_in, width, c_skip, join if joined else None, size, momentum))
             c_in = width
         flat = 2 * widths[-1]                                       # 2 steps in time are left
         self.dense = nn.Linear(flat, flat)
