@@ -254,8 +254,8 @@ def draw_curves(log):
 def draw_table(table):
     """Per task, the first metric: every row's runs, its differences, and the curve over labels.
 
-    The differences to each baseline are of the largest share of the labels, with their intervals.
-    The curve is drawn if there are several shares.
+    The differences to each baseline have their intervals, one per share of the labels. The curve is
+    drawn if there are several shares.
     """
     entries, baselines = table["entries"], table["baselines"]
     tasks = list(dict.fromkeys(entry["task"] for entry in entries))
@@ -272,23 +272,37 @@ def draw_table(table):
             values = entry["metrics"][metric]
             line[0].barh(i, np.mean(values), color=BLUE, alpha=0.35)
             line[0].plot(values, [i] * len(values), "o", color=BLUE, markersize=3)
-            for ax, base in zip(line[1:], baselines, strict=False):
-                mean, low, high, _ = entry["differences"].get(base, {}).get(metric, [None] * 4)
-                if mean is not None:
-                    ax.plot([low, high], [i, i], color=BLUE)
-                    ax.plot([mean], [i], "o", color=BLUE)
         line[0].set_xlim(left=max(0, min(min(e["metrics"][metric]) for e in shown) - 0.05))
         line[0].set_xlabel(f"{metric}, {most:.0%} of the labels")
         line[0].set_yticks(range(len(shown)), names, fontfamily=font)
         line[0].set_title(shorten(task), fontsize=10)
         for ax, base in zip(line[1:], baselines, strict=False):
-            ax.axvline(0, color=ORANGE, linestyle="--")
-            ax.set_yticks(range(len(shown)), [])
+            draw_differences(ax, base, of_task, [entry["row"] for entry in shown], metric)
             ax.set_ylim(line[0].get_ylim())
-            ax.set_xlabel(f"minus {shorten(base)}: {metric}, 95 %")
         if len(shares) > 1:
             draw_label_curve(line[-1], of_task, metric)
     return figure
+
+
+def draw_differences(ax, base, entries, rows, metric):
+    """Differences of the rows to a baseline, the largest share of the labels on top."""
+    shares = sorted({entry["labels"] for entry in entries}, reverse=True)
+    for entry in entries:
+        mean, low, high, _ = entry["differences"].get(base, {}).get(metric, [None] * 4)
+        if mean is None or entry["row"] not in rows:
+            continue
+        place = shares.index(entry["labels"])
+        y = rows.index(entry["row"]) - 0.6 * place / len(shares)
+        strength = 1 - 0.6 * place / len(shares)
+        ax.plot([low, high], [y, y], color=BLUE, alpha=strength)
+        ax.plot([mean], [y], "o", color=BLUE, alpha=strength)
+    for place, share in enumerate(shares if len(shares) > 1 else []):
+        ax.plot([], [], "o-", color=BLUE, alpha=1 - 0.6 * place / len(shares), label=f"{share:.0%}")
+        ax.legend(frameon=False, fontsize=7)
+    ax.axvline(0, color=ORANGE, linestyle="--")
+    ax.locator_params(axis="x", nbins=5)
+    ax.set_yticks(range(len(rows)), [])
+    ax.set_xlabel(f"minus {shorten(base)}: {metric}, 95 %")
 
 
 def draw_label_curve(ax, entries, metric):
