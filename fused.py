@@ -26,6 +26,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 FILES = ["fused.cpp", "thin.cpp", "fused.h"]
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC"]
+DTYPES = [torch.float32, torch.bfloat16]
 switched_off = False            # see plain()
 
 
@@ -81,16 +82,14 @@ def processor():
 
 def takes(x):
     """Whether the kernels can do it; compilers and exporters want PyTorch's functions."""
-    return (x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
-            and not switched_off and not torch.compiler.is_compiling() and kernel() is not None)
+    return (x.device.type == "cpu" and x.dtype in DTYPES and not switched_off
+            and not torch.compiler.is_compiling() and kernel() is not None)
 
 
 def pixels_last(x):
     """The same values with the channels next to each other."""
-    if x.dim() != 4:
-        return x.contiguous()
-    y = torch.empty_like(x, memory_format=torch.channels_last)
-    return x if x.stride() == y.stride() else y.copy_(x)
+    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    return x.contiguous(memory_format=layout)
 
 
 def address(tensor):
@@ -102,7 +101,7 @@ def longs(*numbers):
 
 
 def half(x):
-    return int(x.dtype == torch.bfloat16)
+    return DTYPES.index(x.dtype)        # an error for others: the kernels would write too far
 
 
 # -----------------------------------------------------------------------------
@@ -289,10 +288,10 @@ class Conv3x3(nn.Conv2d):
         super().__init__(c_in, c_out, 3, padding=1)
 
     def forward(self, x):
-        thin = min(self.in_channels, self.out_channels) <= 2
-        if not thin or self.weight.dtype != torch.float32 or not takes(x):
-            return super().forward(x)
+        is_thin = min(self.in_channels, self.out_channels) <= 2
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        if not is_thin or self.weight.dtype != torch.float32 or dtype not in DTYPES or not takes(x):
+            return super().forward(x)
         if self.in_channels <= 2:
             return FromFew.apply(pixels_last(x.float()), self.weight, self.bias, dtype)
         return ToFew.apply(pixels_last(x), self.weight, self.bias).to(dtype)

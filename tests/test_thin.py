@@ -137,6 +137,16 @@ def test_the_number_of_threads_changes_no_bit():
         assert all(torch.equal(a, b) for a, b in zip(some, found[0], strict=True))
 
 
+def test_half_precision_of_the_other_kind_is_left_to_pytorch():
+    module, x = fused.Conv3x3(1, 8), torch.randn(2, 1, 12, 8)
+    with torch.autocast("cpu", torch.float16):
+        y = module(x)
+    assert y.dtype == torch.float16
+    torch.testing.assert_close(y.float(), module(x), atol=1e-2, rtol=1e-2)
+    with pytest.raises(ValueError):
+        fused.half(x.half())
+
+
 def test_arithmetic_is_counted_in_full():
     net = model.Separator(["vocals"], NARROW)
     counted = training.flops_per_crop(net, model.CROP, "cpu")
