@@ -8,9 +8,9 @@ Networks for other programs: ONNX, and safetensors.
 NAME.onnx takes magnitudes (batch, frames, 256), of model.stft without the last bin. It gives the
 masks of a separator (batch, sources, frames, 256) or the scores of a classifier (batch, classes).
 NAME_wave.onnx takes waves (batch, samples) at 16 kHz, and gives sources or scores. Batches may have
-any size. Frames are 64 k for a separator, which are 10,240 k + 352 samples. It has learnt with 384
-frames: cut songs into windows of 61,792 samples, as model.separate does. A classifier takes one
-crop. Names and settings are in the metadata, as JSON under "about". Needs onnx and onnxscript.
+any size. Frames are 64 k for a separator, which are 10,240 k + 352 samples. Cut songs into windows
+that overlap, as model.separate does. A classifier takes one crop. Names and settings are in the
+metadata, as JSON under "about". Needs onnx and onnxscript.
 
 A .safetensors file is a checkpoint that loads wherever a .pt does. Needs safetensors.
 """

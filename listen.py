@@ -50,8 +50,8 @@ overwrite = False       # replace what is there
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
 # -----------------------------------------------------------------------------
 
-STEP = model.FRAMES // 2 * model.HOP    # 30,720 samples at 16 kHz, from window to window
-PIECE = 25 * STEP // SAMPLE_RATE        # 48 s: windows begin at whole samples of any rate
+STEP = (model.WINDOW - model.OVERLAP) * model.HOP   # 153,600 samples at 16 kHz, 9.6 s
+PIECE = 5 * STEP // SAMPLE_RATE         # 48 s: windows begin at whole samples of any rate
 MOST = 1 << 24                          # samples of a piece, all channels
 WITHOUT = " (without --overwrite)"
 RESERVED = ("mixture", "accompaniment", "remainder")
@@ -84,14 +84,15 @@ def pieces(blocks, length, left, right):
 def sizes(rate, channels, taggers):
     """(samples of a piece, in front of it, behind it) at a rate.
 
-    Masks and tags reach a few windows to either side. All three are whole samples, whole steps
-    of windows and whole units of the resampling, so that pieces give what the whole song gives.
+    Masks reach a window to either side, tags a crop and a moment. All three are whole samples,
+    whole steps of windows and whole units of the resampling, so that pieces give what the whole
+    song gives.
     """
     second = rate * PIECE
-    steps = max([4] + [math.ceil(net.crop / STEP) + 1 for net, _ in taggers.values()])
-    around = 2, steps
-    if rate % 25:       # only whole pieces are whole samples at such a rate
-        around = 25, 25 * math.ceil(steps / 25)
+    crops = [net.crop + SAMPLE_RATE for net, _ in taggers.values()]
+    around = 1, max(1, math.ceil(max(crops, default=0) / STEP))
+    if rate % 5:        # only whole pieces are whole samples at such a rate
+        around = 5, 5 * math.ceil(around[1] / 5)
     length = second * min(4, max(1, MOST // (second * channels)))
     return length, *(count * STEP * rate // SAMPLE_RATE for count in around)
 

@@ -33,6 +33,7 @@ BINS = 256                          # the network sees bins 0..255; the Nyquist 
 FRAMES = 384                        # of a crop: halved six times by the U-Net, seven by the tail
 CROP = (FRAMES - 1) * HOP + WIN     # 61,792 samples, 3.86 s
 EDGE = WIN - HOP                    # so many samples at either end of a crop lack some windows
+WINDOW, OVERLAP = 1152, 192         # frames of the windows that whole songs are separated in
 MELS, MEL_LOW, MEL_HIGH = 128, 100.0, 7800.0
 EPS = 1e-4                          # added before every logarithm
 WIDTHS = (16, 32, 64, 128, 192, 192)
@@ -199,7 +200,7 @@ class Separator(nn.Module):
         self.to(memory_format=torch.channels_last)                  # faster, the same shapes
 
     def masks(self, spec):
-        """(B, 384, 257) complex -> (B, S, 384, 256) in [0, 1]."""
+        """(B, T, 257) complex -> (B, S, T, 256) in [0, 1], T a multiple of 64."""
         x = log_compress(spec[..., :BINS].abs())[:, None]           # (B, 1, T, F)
         with autocast(x, self.amp_dtype):
             return self.unet(x)[0].float()
@@ -239,7 +240,7 @@ def resample(wave, rate, to):
 
 
 @torch.no_grad()
-def separate(net, wave, rate=SAMPLE_RATE, batch=4):
+def separate(net, wave, rate=SAMPLE_RATE, batch=1):
     """Songs of any length at `rate` Hz -> their sources, float32 on the CPU.
 
     (N,) -> (S, N); (C, N) -> (S, C, N); (B, C, N) -> (B, S, C, N). The masks are those of the mean
@@ -257,40 +258,39 @@ def separate(net, wave, rate=SAMPLE_RATE, batch=4):
 
 
 def in_windows(net, wave, batch):
-    """(C, N) at 16 kHz -> (S, C, N): windows of 384 frames that overlap by half.
+    """(C, N) at 16 kHz -> (S, C, N): windows of 1152 frames, which share 192 with the next.
 
-    A triangle weighs the masks of two windows where they overlap. Silence is put around the song,
-    so its ends do not fade.
+    There one mask fades into the other. Silence is put around the song, so its ends do not fade.
     """
     channels, n = wave.shape
-    half = FRAMES // 2
-    step = half * HOP                                               # from window to window
-    windows = max(1, math.ceil((n + 2 * EDGE - CROP) / step) + 1)
+    frames = WINDOW - OVERLAP                                       # from window to window ...
+    step = frames * HOP                                             # ... and in samples
+    length = (WINDOW - 1) * HOP + WIN                               # of a window
+    windows = max(1, math.ceil((n + 2 * EDGE - length) / step) + 1)
     device = next(net.parameters()).device
-    rise = torch.arange(1, half + 1, device=device)[:, None] / (half + 1)   # (192, 1)
-    fall = rise.flip(0)                                             # rise + fall = 1
-    stems = torch.zeros(len(net.sources), channels, CROP + (windows - 1) * step)
+    rise = torch.arange(1, OVERLAP + 1, device=device)[:, None] / (OVERLAP + 1)     # (192, 1)
+    stems = torch.zeros(len(net.sources), channels, length + (windows - 1) * step)
 
     for first in range(0, windows, batch):
         count = min(batch, windows - first)
         start = first * step - EDGE
-        stop = start + CROP + (count - 1) * step
+        stop = start + length + (count - 1) * step
         some = F.pad(wave[:, max(0, start):stop], (max(0, -start), max(0, stop - n)))
-        spec = stft(some.to(device))                                # (C, 192 (K + 1), 257)
-        windowed = spec.mean(0).unfold(0, FRAMES, half).transpose(1, 2)     # (K, 384, 257)
-        masks = net.masks(windowed)                                 # (K, S, 384, 256)
+        spec = stft(some.to(device))                                # (C, 960 K + 192, 257)
+        windowed = spec.mean(0).unfold(0, WINDOW, frames).transpose(1, 2)   # (K, 1152, 257)
+        masks = net.masks(windowed)                                 # (K, S, 1152, 256)
 
-        # each half window of frames has two masks: the second half of one window, and the first
-        # half of the next; at the ends of the song there is one window, which stands for both
-        begins, ends = masks[:, :, :half], masks[:, :, half:]       # (K, S, 192, 256)
+        # the begin of a window is also the end of the one before; the song's first has none
+        ends = masks[:, :, frames:]                                 # (K, S, 192, 256)
         if first == 0:
-            carried = begins[:1]
+            carried = masks[:1, :, :OVERLAP]
         before = torch.cat([carried, ends[:-1]])                    # (K, S, 192, 256)
-        joined = before * fall + begins * rise
+        begins = before * (1 - rise) + masks[:, :, :OVERLAP] * rise
+        joined = torch.cat([begins, masks[:, :, OVERLAP:frames]], 2)        # (K, S, 960, 256)
+        joined = joined.transpose(0, 1).flatten(1, 2)               # (S, 960 K, 256)
         carried = ends[-1:]
         if first + count == windows:
-            joined = torch.cat([joined, carried])                   # (K + 1, S, 192, 256)
-        joined = joined.transpose(0, 1).flatten(1, 2)               # (S, T, 256)
+            joined = torch.cat([joined, carried[0]], 1)             # (S, T, 256)
 
         # the last 352 samples of a piece and the first ones of the next add up
         piece = net.apply_masks(spec[:, :joined.shape[1]], joined[None])    # (C, S, N')

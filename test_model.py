@@ -112,17 +112,18 @@ def test_a_classifier_averages_scores_over_crops(multilabel):
 
 def plain_separate(net, wave):
     """A whole song at once, (N,) -> (S, N): all its masks are in memory at the same time."""
-    half, n = model.FRAMES // 2, len(wave)
-    windows = max(1, math.ceil((n + 2 * model.EDGE - model.CROP) / (half * model.HOP)) + 1)
-    padding = model.CROP + (windows - 1) * half * model.HOP - model.EDGE - n
+    n, step, length = len(wave), model.WINDOW - model.OVERLAP, model.WINDOW * model.HOP + model.EDGE
+    windows = max(1, math.ceil((n + 2 * model.EDGE - length) / (step * model.HOP)) + 1)
+    padding = length + (windows - 1) * step * model.HOP - model.EDGE - n
     spec = model.stft(F.pad(wave[None], (model.EDGE, padding)))
-    ramp = torch.arange(1, half + 1, dtype=torch.float32)
-    triangle = torch.cat([ramp, ramp.flip(0)])[:, None]
+    ramp = torch.arange(1, model.OVERLAP + 1, dtype=torch.float32)
+    middle = torch.full((model.WINDOW - 2 * model.OVERLAP,), model.OVERLAP + 1.0)
+    shape = torch.cat([ramp, middle, ramp.flip(0)])[:, None]
     masks = torch.zeros(1, len(net.sources), spec.shape[1], model.BINS)
     weight = torch.zeros(spec.shape[1], 1)
-    for at in range(0, windows * half, half):
-        masks[:, :, at:at + model.FRAMES] += triangle * net.masks(spec[:, at:at + model.FRAMES])
-        weight[at:at + model.FRAMES] += triangle
+    for at in range(0, windows * step, step):
+        masks[:, :, at:at + model.WINDOW] += shape * net.masks(spec[:, at:at + model.WINDOW])
+        weight[at:at + model.WINDOW] += shape
     return net.apply_masks(spec, masks / weight)[0, :, model.EDGE:model.EDGE + n]
 
 
@@ -152,7 +153,7 @@ def test_calling_the_network_separates_too(net):
 
 def test_masks_of_one_give_the_song_back():
     net = model.Separator(["vocals"], NARROW).eval()
-    net.masks = lambda spec: torch.ones(len(spec), 1, 384, 256)
+    net.masks = lambda spec: torch.ones(len(spec), 1, spec.shape[1], 256)
     for n in LENGTHS:
         wave = noise(n)
         torch.testing.assert_close(model.separate(net, wave), wave[None], atol=2e-6, rtol=0)
@@ -181,7 +182,7 @@ def test_the_mask_of_the_mean_is_applied_to_each_channel(net):
 @pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100, 44101, 192000])
 def test_masks_of_one_give_back_what_is_below_8_khz_at_any_rate(rate):
     net = model.Separator(["vocals"], NARROW).eval()
-    net.masks = lambda spec: torch.ones(len(spec), 1, 384, 256)
+    net.masks = lambda spec: torch.ones(len(spec), 1, spec.shape[1], 256)
     time = torch.arange(5 * rate, dtype=torch.float64) / rate
     low, high = (torch.sin(2 * torch.pi * hertz * time) for hertz in (440.0, 12_000.0))
     wave = torch.stack([low, 0.5 * low + (high if rate > 24_000 else 0)]).float() / 4
@@ -193,7 +194,7 @@ def test_masks_of_one_give_back_what_is_below_8_khz_at_any_rate(rate):
 
 
 def test_a_song_that_begins_a_window_later_is_separated_the_same(net):
-    step = model.FRAMES // 2 * model.HOP * 441 // 160           # 84,672 samples at 44.1 kHz
+    step = (model.WINDOW - model.OVERLAP) * model.HOP * 441 // 160      # 423,360 at 44.1 kHz
     wave = noise(2, 4 * step)
     early = model.separate(net, wave, 44100)
     late = model.separate(net, torch.nn.functional.pad(wave, (step, 0)), 44100)

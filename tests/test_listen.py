@@ -141,7 +141,7 @@ def test_no_row_of_the_tags_is_lost_between_pieces(nets, hop, monkeypatch):
     monkeypatch.setattr(listen, "hop", hop)
     tagger = model.load(nets["tags"])[0]
     wave = noise(130 * 16000)
-    length, left, right = 48 * 16000, 2 * listen.STEP, 5 * listen.STEP
+    length, left, right = 48 * 16000, listen.STEP, listen.STEP
     rows = []
     for samples, at, begin in listen.pieces([wave[None].numpy()], length, left, right):
         rows.append(listen.tag_rows(tagger, samples[0], at, begin, length))
