@@ -26,6 +26,7 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_cls
+import fused
 import model
 import pretrain_sep
 import runtime
@@ -172,7 +173,7 @@ def measure(name, on):
         meter.add(loss)
 
     # what there is to do, seen in a step that is not timed
-    with FlopCounterMode(display=False) as counter:
+    with fused.plain(), FlopCounterMode(display=False) as counter:
         seen = convolutions_of(net, step)
     flops = counter.get_total_flops()
     if compile:
