@@ -125,7 +125,29 @@ class Prepared:
         if not fits:
             raise ValueError(f"{self.audio_path} ({size} bytes) does not fit its index: prepare "
                              "it again with --overwrite=True")
-        self.audio = np.memmap(self.audio_path, "<i2", "r")
+        self.audio, self.on_device = np.memmap(self.audio_path, "<i2", "r"), None
+
+    def keep_on(self, device):
+        """Copies the audio to a device, such as a GPU: crops are cut there from now on."""
+        self.on_device = torch.from_numpy(np.array(self.audio)).to(device)      # (n,) int16
+
+    def crops(self, starts, length, valid=None):
+        """K crops that begin at these samples of the audio: (K, length) float32 in [-1, 1).
+
+        Behind the first valid[k] samples, crop k is silent. An array of NumPy, or a tensor on the
+        device of keep_on(), with the same bits.
+        """
+        valid = np.full(len(starts), length) if valid is None else np.asarray(valid)
+        if self.on_device is None:
+            crops = np.zeros((len(starts), length), np.float32)
+            for crop, at, most in zip(crops, starts, valid, strict=True):
+                crop[:most] = to_float(self.audio[at:at + most])
+            return crops
+        device = self.on_device.device
+        starts, valid = (torch.as_tensor(x, device=device)[:, None] for x in (starts, valid))
+        steps = torch.arange(length, device=device)
+        where = (starts + steps).clamp(max=len(self.on_device) - 1)             # (K, length)
+        return torch.where(steps < valid, self.on_device[where].float() / 32768.0, 0.0)
 
     def trained_on(self):
         """A hash of what training sees: names, lengths, splits and labels of train and valid.
@@ -188,25 +210,34 @@ class Mixes:
             raise ValueError(f"{data.path} has {len(self.segments)} segments of 6 s in its "
                              f"{split} split, a mix needs {len(self.parts)}")
 
-    def mix(self, number):
-        """(mixture (61792,), sources (S, 61792)) of mix `number` of the endless stream."""
+    def starts(self, number):
+        """Where the crops of mix `number` of the endless stream begin, of each of their tracks."""
         rng = np.random.default_rng([*self.seed, number])
         offset = int(rng.integers(SEGMENT - CROP + 1))
         places = rng.choice(len(self.segments), len(self.parts), replace=False)
-        stems = np.zeros((len(self.sources), CROP), np.float32)
-        mixture = np.zeros(CROP, np.float32)
-        for (source, tracks), place in zip(self.parts, places, strict=True):
+        found = []
+        for (_, tracks), place in zip(self.parts, places, strict=True):
             song, at = self.segments[place]
-            crop = sum(self.data.read(song, track, at + offset, CROP) for track in tracks)
-            mixture += crop
-            if source:
-                stems[self.sources.index(source)] += crop
-        return mixture, stems
+            first = song["offset"] + at + offset
+            found += [first + TRACKS.index(track) * song["length"] for track in tracks]
+        return found
 
     def batch(self, first, size):
         """Mixes first .. first + size - 1 as tensors: mixture (B, N) and sources (B, S, N)."""
-        mixtures, stems = zip(*(self.mix(first + i) for i in range(size)), strict=True)
-        return torch.from_numpy(np.stack(mixtures)), torch.from_numpy(np.stack(stems))
+        starts = np.array([self.starts(first + i) for i in range(size)])        # (B, R)
+        crops = self.data.crops(starts.flatten(), CROP).reshape(*starts.shape, CROP)
+
+        # by NumPy on a CPU: threads of PyTorch's would be in the way of those that train
+        mixture, stems, at = 0, dict.fromkeys(self.sources, 0), 0
+        for source, tracks in self.parts:
+            crop = sum(crops[:, at + i] for i in range(len(tracks)))            # (B, N)
+            mixture, at = mixture + crop, at + len(tracks)
+            if source:
+                stems[source] = stems[source] + crop
+        stems = list(stems.values())
+        if isinstance(crops, torch.Tensor):
+            return mixture, torch.stack(stems, 1)
+        return torch.from_numpy(mixture), torch.from_numpy(np.stack(stems, 1))
 
 
 # -----------------------------------------------------------------------------
@@ -278,15 +309,15 @@ class Clips:
 
         Clips that are shorter than a crop end in silence.
         """
-        waves = np.zeros((len(numbers), self.crop), np.float32)
-        for wave, number in zip(waves, numbers, strict=True):
+        starts, lengths = [], []
+        for number in numbers:
             item = self.items[number]
             room = max(0, item["length"] - self.crop)
             rng = np.random.default_rng([self.seed, epoch, int(number)])
-            start = int(rng.integers(room + 1))
-            crop = self.data.read(item, None, start, min(self.crop, item["length"]))
-            wave[:len(crop)] = crop
-        return torch.from_numpy(waves), self.targets[numbers]
+            starts.append(item["offset"] + int(rng.integers(room + 1)))
+            lengths.append(min(self.crop, item["length"]))
+        waves = torch.as_tensor(self.data.crops(starts, self.crop, lengths))    # (B, 61792)
+        return waves, self.targets[numbers]
 
 
 def some_of(targets, fraction):
@@ -319,7 +350,7 @@ def prefetch(make, numbers, workers, pin=False, ahead=2):
     """
     def job(n):
         made = make(n)
-        return tuple(t.pin_memory() for t in made) if pin else made
+        return tuple(t if t.is_cuda else t.pin_memory() for t in made) if pin else made
 
     if workers == 0:
         yield from map(job, numbers)

@@ -91,6 +91,7 @@ device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there i
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
 compile = True                  # torch.compile U-Net and tail, on a GPU; a CPU has fused.cpp
 workers = 2                     # threads that cut crops ahead; 0: none
+data_on_gpu = True              # keep the audio in GPU memory, if that has room for it twice
 # -----------------------------------------------------------------------------
 
 
@@ -327,6 +328,7 @@ def main():
     run = training.Run(out or f"ckpt/{'_'.join(names) or 'mtat'}.pt", resume, overwrite, rank)
 
     prepared = Prepared(data, "clips", fold)
+    training.keep_on_gpu(prepared, torch_device, data_on_gpu)
     # BatchNorm sees the batch of one process, so resuming needs as many processes
     config |= {"processes": world, "trained_on": prepared.trained_on(),
                "started_from": {key: training.fingerprint(config[key]) for key in ("init", "tail")}}

@@ -56,6 +56,7 @@ device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there i
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
 compile = True                  # torch.compile the U-Net, on a GPU; a CPU has fused.cpp
 workers = 2                     # threads that mix ahead; 0: none
+data_on_gpu = True              # keep the audio in GPU memory, if that has room for it twice
 # -----------------------------------------------------------------------------
 
 
@@ -117,6 +118,7 @@ def main():
 
     # BatchNorm sees the batch of one process, so resuming needs as many processes
     songs = Prepared(data, "stems")
+    training.keep_on_gpu(songs, torch_device, data_on_gpu)
     config |= {"processes": world, "trained_on": songs.trained_on()}
     micro, commit = batch_size // (accumulate * world), training.git_commit()
     train_mixes, val_set = Mixes(songs, "train", sources, seed), Mixes(songs, "valid", sources, 0)

@@ -65,6 +65,18 @@ def stop_at(step):
 # -----------------------------------------------------------------------------
 # speed
 
+def keep_on_gpu(prepared, device, wanted):
+    """Copies prepared audio to a GPU, where crops are cut faster, if there is room for it."""
+    if not wanted or not device.startswith("cuda"):
+        return
+    size, free = prepared.audio.nbytes, torch.cuda.mem_get_info(device)[0]
+    if 2 * size > free:
+        print(f"note: {prepared.path} stays on the CPU: its audio takes {size / 2 ** 30:.1f} GiB, "
+              f"and the GPU has {free / 2 ** 30:.1f} free, half of it for training")
+        return
+    prepared.keep_on(device)
+
+
 @torch.no_grad()
 def flops_per_crop(net, crop, device):
     """Arithmetic operations to train on a crop of so many samples.
@@ -192,7 +204,7 @@ class Run:
         # what older versions of the script had no key for, they did as is the default
         old = {"processes": 1} | runtime.defaults(script) | self.saved["config"]
         free = ["resume", "overwrite", "out", "steps", "device", "compile", "log_every", "workers",
-                "report", "track"]
+                "data_on_gpu", "report", "track"]
         # what training sees of the data counts, wherever it lies; older runs did not note it
         free.append("data" if "trained_on" in old else "trained_on")
         # what the run started from counts, wherever it lies; older runs did not note that either
