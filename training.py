@@ -107,7 +107,15 @@ def matmul_rate(device, amp_dtype):
 
 def floor_per_crop(net, crop, device):
     """Seconds to train on a crop if all its arithmetic were one large matrix product."""
-    return flops_per_crop(net, crop, device) / matmul_rate(device, net.amp_dtype)
+    rate, threads = matmul_rate(device, net.amp_dtype), torch.get_num_threads()
+    if device == "cpu" and threads > 1:
+        torch.set_num_threads(1)
+        alone = matmul_rate(device, net.amp_dtype)
+        torch.set_num_threads(threads)
+        if rate < 1.3 * alone:
+            print(f"note: {threads} threads are {rate / alone:.1f} times as fast as one, as others "
+                  "are at work here: OMP_NUM_THREADS=1 is often faster then")
+    return flops_per_crop(net, crop, device) / rate
 
 
 class Meter:

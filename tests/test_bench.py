@@ -1,4 +1,5 @@
 """What bench.py says of a network."""
+import pytest
 import torch
 import torch.nn as nn
 from conftest import NARROW, TAIL, run
@@ -54,3 +55,16 @@ def test_one_line_per_network(demo):
 def test_a_wrong_setting_is_one_line():
     assert "networks must be one of" in run("bench.py", "--networks=unet", ok=False)
     assert "size must be one of" in run("bench.py", "--size=tiny", ok=False)
+
+
+@pytest.mark.parametrize("speed, told", [(lambda threads: 1.0, True), (lambda n: float(n), False)])
+def test_threads_that_wait_for_others_are_told_of(speed, told, monkeypatch, capsys):
+    monkeypatch.setattr(training, "matmul_rate", lambda *_: speed(torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        training.floor_per_crop(model.Separator(["vocals"], NARROW), model.CROP, "cpu")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert ("OMP_NUM_THREADS=1" in capsys.readouterr().out) == told
