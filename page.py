@@ -278,14 +278,25 @@ def scores_of(result):
     return body + folded("every class", table(list(result["per_class"][0]), rows))
 
 
-def scores_of_row(entry):
-    """One row of a table of table.py, and what it differs from the baselines."""
-    shown = {key: f"{np.mean(values):.3f}" for key, values in entry["metrics"].items()}
-    for other, found in entry["differences"].items():
-        for key, (mean, low, high, _) in found.items():
-            shown[f"{key} minus {other}"] = f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
-    title = f"{entry['task']}, {entry['labels']:.0%}: {entry['row']}, {entry['runs']} runs"
-    return f"<h2>{escape(title)}</h2>" + table(["", ""], shown.items())
+def scores_of_table(result):
+    """A table of table.py: per task and share of the labels, each metric with its differences."""
+    body, baselines, entries = "", result["baselines"], result["entries"]
+    for task, share in dict.fromkeys((entry["task"], entry["labels"]) for entry in entries):
+        of_task = [e for e in entries if (e["task"], e["labels"]) == (task, share)]
+        body += f"<h2>{escape(task)}, {100 * share:g} % of the labels</h2>"
+        for metric in of_task[0]["metrics"]:
+            rows = []
+            for entry in of_task:
+                values = entry["metrics"][metric]
+                spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+                row = [entry["row"], entry["runs"], f"{np.mean(values):.3f}{spread}"]
+                for base in baselines:
+                    found = entry["differences"].get(base, {}).get(metric)
+                    row.append("{:+.3f} ({:+.3f} to {:+.3f})".format(*found) if found else "")
+                rows.append(row)
+            body += table(["row", "runs", metric, *(f"minus {base}" for base in baselines)], rows)
+    return body + ('<p class="soft">Mean ± standard deviation over runs. Differences are paired, '
+                   "with 95 % intervals over test clips and runs.</p>")
 
 
 def result_players(base, sources):
@@ -313,11 +324,12 @@ def result_page(path):
     title = result.get("checkpoint") or base
     body = f"<h1>{escape(title)}</h1>"
     if result["kind"] == "table":
-        body += "".join(map(scores_of_row, result["entries"]))
+        body += figure(f"{base}.png") + scores_of_table(result)
     else:
         body += f'<p class="soft">{escape(result["data"])}, {escape(result["split"])}</p>'
         body += scores_of(result)
-    for ending in ("", "_classes", "_confusion", "_curves"):
+    endings = ["", "_classes", "_confusion", "_curves"]
+    for ending in endings if result["kind"] != "table" else []:
         body += figure(f"{base}{ending}.png")
     if result["kind"] == "separator":
         tracks, sound = result_players(base, result["sources"])
