@@ -155,6 +155,8 @@ def main():
     runtime.choose("to", to, ["onnx", "safetensors"])
     if not paths:
         die("name one or more checkpoints: python export.py ckpt/vocals.pt")
+    if out.endswith((".onnx", ".safetensors")):
+        die(f"out={out} must be a folder: the files are called as the checkpoints are")
     bases = set()
     for path in paths:
         net, meta = model.load(path)

@@ -82,8 +82,9 @@ def processor():
 
 def takes(x):
     """Whether the kernels can do it; compilers and exporters want PyTorch's functions."""
-    return (x.device.type == "cpu" and x.dtype in DTYPES and not switched_off
-            and not torch.compiler.is_compiling() and kernel() is not None)
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return (x.device.type == "cpu" and x.dtype in DTYPES and not switched_off and not watched
+            and kernel() is not None)
 
 
 def pixels_last(x):

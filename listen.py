@@ -146,8 +146,8 @@ def listen(song, net, taggers, writers, bar, stop):
         bar.update(seconds)
     notes = [*song.damage]
     if beyond:
-        share = 100 * beyond / (n * song.channels)
-        notes.append(f"{share:.2f} % of its samples are beyond full scale, and are clipped")
+        notes.append(f"{beyond:,} of its {n * song.channels:,} samples are beyond full scale, and "
+                     "are clipped")
     return {name: torch.cat(rows).numpy() for name, rows in scores.items()}, n, notes
 
 
@@ -332,6 +332,9 @@ def load(path, kind, on):
         die(f"{path} is a {meta['kind']}, not a {kind}")
     if meta.get("as_published"):
         print(f"{path}: published weights, trained with {meta['as_published']}")
+    if meta.get("source") == "tensorflow":
+        print(f"note: {path} does not say what its sources or classes are called, so they have "
+              "numbers: released:NAME knows the names")
     return net, meta
 
 
@@ -392,7 +395,10 @@ def main():
                 print(f"{file}: is finished, in {folder}")
             else:
                 listen_to(file, folder, net, taggers, made[folder], stop)
-            if report:
+            has_page = folder in done and os.path.exists(os.path.join(folder, "song.html"))
+            if report and not has_page:
+                if stop.asked:
+                    die("stopped before the page; the same command goes on from there")
                 page.song_page(folder)
         except (ValueError, OSError) as e:
             # one song must not stop the others, a full disk must

@@ -227,8 +227,10 @@ def check_song(net, kind, wave):
         raise ValueError(f"the network is a {type(net).__name__}, not a {kind.__name__}")
     is_wave = isinstance(wave, torch.Tensor) and wave.is_floating_point()
     if not is_wave or wave.dim() not in (1, 2, 3) or 0 in wave.shape:
+        found = f"{type(wave).__name__} {tuple(getattr(wave, 'shape', ()))}"
         raise ValueError("a song is a tensor (samples,), (channels, samples) or (songs, channels, "
-                         f"samples) in floating point, -1 to 1, got {wave!r:.80}")
+                         "samples) in floating point, -1 to 1, such as torch.from_numpy(array) of "
+                         f"a NumPy array; got {found} of {getattr(wave, 'dtype', 'no type')}")
 
 
 def resample(wave, rate, to):
@@ -263,9 +265,8 @@ def in_windows(net, wave, batch):
     There one mask fades into the other. Silence is put around the song, so its ends do not fade.
     """
     channels, n = wave.shape
-    frames = WINDOW - OVERLAP                                       # from window to window ...
-    step = frames * HOP                                             # ... and in samples
-    length = (WINDOW - 1) * HOP + WIN                               # of a window
+    frames, length = WINDOW - OVERLAP, (WINDOW - 1) * HOP + WIN     # length: samples of a window
+    step = frames * HOP                                             # from window to window
     windows = max(1, math.ceil((n + 2 * EDGE - length) / step) + 1)
     device = next(net.parameters()).device
     rise = torch.arange(1, OVERLAP + 1, device=device)[:, None] / (OVERLAP + 1)     # (192, 1)
@@ -294,8 +295,7 @@ def in_windows(net, wave, batch):
 
         # the last 352 samples of a piece and the first ones of the next add up
         piece = net.apply_masks(spec[:, :joined.shape[1]], joined[None])    # (C, S, N')
-        at = first * step
-        stems[:, :, at:at + piece.shape[-1]] += piece.transpose(0, 1).cpu()
+        stems[:, :, start + EDGE:][..., :piece.shape[-1]] += piece.transpose(0, 1).cpu()
     return stems[:, :, EDGE:EDGE + n]                               # (S, C, N)
 
 

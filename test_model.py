@@ -243,6 +243,8 @@ def test_songs_of_another_form_and_other_networks_are_refused(net):
             model.separate(net, bad)
         with pytest.raises(ValueError, match="a song is"):
             model.tag(tagger, bad)
+    with pytest.raises(ValueError, match=r"from_numpy.* got ndarray \(9,\) of float32$"):
+        model.separate(net, noise(9).numpy())
     with pytest.raises(ValueError, match="hop must be"):
         model.tag(tagger, noise(9), hop=-1.0)
     with pytest.raises(ValueError, match="is a Classifier, not a Separator"):

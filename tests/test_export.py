@@ -106,6 +106,7 @@ def test_what_exists_is_not_replaced_and_junk_is_refused(made, tmp_path):
         with pytest.raises(ValueError, match="not a checkpoint"):
             model.load(tmp_path / f"{name}.safetensors")
     assert "name one or more" in run("export.py", ok=False)
+    assert "must be a folder" in run(*args[:3], "--out=a.safetensors", ok=False)
     assert "to must be one of" in run("export.py", made / "v1.pt", "--to=tflite", ok=False)
 
 

@@ -161,6 +161,12 @@ def test_one_broken_song_does_not_stop_the_others(nets, tmp_path):
     # what was written is not listened to again
     (songs / "a.mp3").unlink()
     assert "is finished" in run("listen.py", *args)
+    # a page is made later too, but once
+    html = songs / "listened" / "sub" / "b" / "song.html"
+    assert "page:" in run("listen.py", *args, "--report=True")
+    made = html.stat().st_mtime_ns
+    assert "page:" not in run("listen.py", *args, "--report=True")
+    assert html.stat().st_mtime_ns == made
 
 
 def test_songs_of_one_name_have_folders_of_their_own(nets, tmp_path):

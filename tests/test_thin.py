@@ -147,6 +147,14 @@ def test_half_precision_of_the_other_kind_is_left_to_pytorch():
         fused.half(x.half())
 
 
+def test_a_traced_network_knows_other_inputs():
+    unet = model.Separator(["vocals"], NARROW).unet.eval()
+    one, other = torch.randn(2, 1, 1, 64, 256)
+    with torch.no_grad():
+        traced = torch.jit.trace(unet, one, check_trace=False, strict=False)
+        torch.testing.assert_close(traced(other)[0], unet(other)[0], atol=1e-5, rtol=0)
+
+
 def test_arithmetic_is_counted_in_full():
     net = model.Separator(["vocals"], NARROW)
     counted = training.flops_per_crop(net, model.CROP, "cpu")
