@@ -23,10 +23,8 @@ import time
 
 import torch
 import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import finetune_cls
-import fused
 import model
 import pretrain_sep
 import runtime
@@ -172,10 +170,9 @@ def measure(name, on):
         optimizer.zero_grad(set_to_none=True)
         meter.add(loss)
 
-    # what there is to do, seen in a step that is not timed
-    with fused.plain(), FlopCounterMode(display=False) as counter:
-        seen = convolutions_of(net, step)
-    flops = counter.get_total_flops()
+    # what there is to do, and a step that is not timed
+    flops = count * training.flops_per_crop(net, getattr(net, "crop", model.CROP), on)
+    seen = convolutions_of(net, step)
     if compile:
         parts = [net.unet] if kind == "separator" else net.train_parts().values()
         runtime.compile_parts(parts, on)

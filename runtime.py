@@ -322,14 +322,13 @@ def keep_freed_memory():
     """Tells glibc to keep freed memory; other C libraries have no mallopt and are left alone.
 
     Else the kernel gets it, and gives it out again zeroed: a training step takes 1.6 times as long.
-    Only the largest tensors go back, as the gaps that they leave would cost a third of all memory.
     """
     # tensors in large pages, where Linux has them; PyTorch looks when it makes its first tensor
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
-        mallopt(-3, 150 * 2 ** 20)      # M_MMAP_THRESHOLD
-        mallopt(-1, -1)                 # M_TRIM_THRESHOLD, as size_t: never
+        mallopt(-4, 0)      # M_MMAP_MAX
+        mallopt(-1, -1)     # M_TRIM_THRESHOLD, as size_t: never
 
 
 def compile_parts(parts, device):
