@@ -123,7 +123,7 @@ TO_STOP = ["--batch_size=2", "--variant=tail", "--epochs=3", "--learning_rate=1e
 def test_two_processes_do_what_one_does(demo, tmp_path):
     """With BatchNorm over both, and through a change of phase."""
     args = [*CLS, f"--data={demo}/demo_clips", "--dropout=0", "--patience=0",
-            "--learning_rate=1e-4", "--sync_batchnorm=True", "--log_every=5"]
+            "--learning_rate=1e-4", "--sync_batchnorm=True", "--log_every=1"]
     two = [*TORCHRUN, "finetune_cls.py"]
     run("finetune_cls.py", *args, "--epochs=3", f"--out={tmp_path}/one.pt")
     said = run(two, *args, "--epochs=3", f"--out={tmp_path}/two.pt")
