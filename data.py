@@ -129,9 +129,12 @@ class Prepared:
 
     def keep_on(self, device):
         """Copies the audio to a device, such as a GPU: crops are cut there from now on."""
-        self.on_device = torch.from_numpy(np.array(self.audio)).to(device)      # (n,) int16
+        copy, some = torch.empty(len(self.audio), dtype=torch.int16, device=device), 1 << 26
+        for at in range(0, len(copy), some):        # or the CPU would have to hold all of it too
+            copy[at:at + some] = torch.from_numpy(np.array(self.audio[at:at + some]))
+        self.on_device = copy                                                   # (n,)
 
-    def crops(self, starts, length, valid=None):
+    def cut(self, starts, length, valid=None):
         """K crops that begin at these samples of the audio: (K, length) float32 in [-1, 1).
 
         Behind the first valid[k] samples, crop k is silent. An array of NumPy, or a tensor on the
@@ -225,7 +228,8 @@ class Mixes:
     def batch(self, first, size):
         """Mixes first .. first + size - 1 as tensors: mixture (B, N) and sources (B, S, N)."""
         starts = np.array([self.starts(first + i) for i in range(size)])        # (B, R)
-        crops = self.data.crops(starts.flatten(), CROP).reshape(*starts.shape, CROP)
+        crops = self.data.cut(starts.flatten(), CROP)                           # (B R, N)
+        crops = crops.reshape(*starts.shape, CROP)                              # (B, R, N)
 
         # by NumPy on a CPU: threads of PyTorch's would be in the way of those that train
         mixture, stems, at = 0, dict.fromkeys(self.sources, 0), 0
@@ -236,7 +240,7 @@ class Mixes:
                 stems[source] = stems[source] + crop
         stems = list(stems.values())
         if isinstance(crops, torch.Tensor):
-            return mixture, torch.stack(stems, 1)
+            return mixture, torch.stack(stems, 1)                               # (B, S, N)
         return torch.from_numpy(mixture), torch.from_numpy(np.stack(stems, 1))
 
 
@@ -316,7 +320,7 @@ class Clips:
             rng = np.random.default_rng([self.seed, epoch, int(number)])
             starts.append(item["offset"] + int(rng.integers(room + 1)))
             lengths.append(min(self.crop, item["length"]))
-        waves = torch.as_tensor(self.data.crops(starts, self.crop, lengths))    # (B, 61792)
+        waves = torch.as_tensor(self.data.cut(starts, self.crop, lengths))    # (B, 61792)
         return waves, self.targets[numbers]
 
 

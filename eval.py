@@ -216,11 +216,9 @@ def summarise(results):
 
     lines = ["| run | seeds | " + " | ".join(keys) + " |", "|---|---|" + "---|" * len(keys)]
     for row in table:
-        cells = []
-        for values in row["values"].values():
-            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
-            cells.append(f"{np.mean(values):.4f}{spread}")
-        lines.append(f"| {row['run']} | {len(values)} | " + " | ".join(cells) + " |")
+        runs = len(next(iter(row["values"].values())))
+        cells = [metrics.mean_and_spread(values, ".4f") for values in row["values"].values()]
+        lines.append(f"| {row['run']} | {runs} | " + " | ".join(cells) + " |")
     floor = table[0]["floor"]
     cells = [f"{floor[key]:.4f}" if key in floor else "" for key in keys]
     lines.append("| floor | | " + " | ".join(cells) + " |")

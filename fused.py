@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-FILES = ["fused.cpp", "thin.cpp", "fused.h"]
+SOURCES, HEADER = ["fused.cpp", "thin.cpp"], "fused.h"
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -44,13 +44,14 @@ def plain():
 @functools.cache
 def kernel():
     """The compiled kernels; None if they cannot be had here, which is told in one line."""
-    paths, source = [os.path.join(HERE, name) for name in FILES], b""
-    for path in paths:
-        with open(path, "rb") as f:
-            source += f.read()
+    sources = [os.path.join(HERE, name) for name in SOURCES]
     # a home folder may be shared by machines with other processors
     what = [*FLAGS, platform.platform(), torch.backends.cpu.get_cpu_capability(), processor()]
-    name = hashlib.sha256(source + " ".join(what).encode()).hexdigest()[:16]
+    seen = hashlib.sha256(" ".join(what).encode())
+    for path in [*sources, os.path.join(HERE, HEADER)]:
+        with open(path, "rb") as f:
+            seen.update(f.read())
+    name = seen.hexdigest()[:16]
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = os.path.join(cache, "music-sep-pretrain", f"fused-{name}.so")
     try:
@@ -58,7 +59,7 @@ def kernel():
             os.makedirs(os.path.dirname(path), exist_ok=True)
             made = f"{path}.{os.getpid()}.tmp"
             compiler = os.environ.get("CXX", "c++")
-            done = subprocess.run([compiler, *FLAGS, *paths[:2], "-o", made],
+            done = subprocess.run([compiler, *FLAGS, *sources, "-o", made],
                                   capture_output=True, timeout=120)
             if done.returncode:
                 raise OSError(done.stderr.decode(errors="replace").strip() or "it says nothing")
@@ -257,7 +258,7 @@ class FromFew(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx, dy = None, pixels_last(dy)
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:         # a tail alone starts from the spectrogram
             dx = gather(dy, weight.transpose(0, 1).flip(2, 3), torch.zeros(x.shape[1]))
         dweight, dbias = correlate(x, dy)
         return dx, dweight.transpose(0, 1), dbias, None
@@ -275,9 +276,8 @@ class ToFew(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
-        dx, dy = None, pixels_last(dy)
-        if ctx.needs_input_grad[0]:
-            dx = spread(dy, weight.flip(2, 3), torch.zeros(x.shape[1]), x.dtype)
+        dy = pixels_last(dy)
+        dx = spread(dy, weight.flip(2, 3), torch.zeros(x.shape[1]), x.dtype)
         dweight, _ = correlate(dy, x)
         return dx, dweight.flip(2, 3), dy.sum((0, 2, 3), dtype=torch.float64).float()
 
@@ -291,7 +291,8 @@ class Conv3x3(nn.Conv2d):
     def forward(self, x):
         is_thin = min(self.in_channels, self.out_channels) <= 2
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        if not is_thin or self.weight.dtype != torch.float32 or dtype not in DTYPES or not takes(x):
+        fits = dtype in DTYPES and self.weight.dtype == torch.float32
+        if not (is_thin and fits and takes(x)):
             return super().forward(x)
         if self.in_channels <= 2:
             return FromFew.apply(pixels_last(x.float()), self.weight, self.bias, dtype)

@@ -273,3 +273,17 @@ def paired_interval(measure, pairs, number, seed):
         low, high = percentiles(means) or (math.nan, math.nan)
         result[key] = (float(np.mean(differences)), low, high, differences)
     return result
+
+
+# -----------------------------------------------------------------------------
+# as texts
+
+def mean_and_spread(values, form=".3f"):
+    """Mean of several runs, and their standard deviation: "0.685 ± 0.013"; of one, itself."""
+    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+    return f"{np.mean(values):{form}}{spread}"
+
+
+def difference(found):
+    """What paired_interval() has found of a metric: "+0.032 (+0.006 to +0.059)"; None: nothing."""
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*found) if found else ""

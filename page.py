@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 import audio
+import metrics
 import model
 import report
 import runtime
@@ -287,12 +288,11 @@ def scores_of_table(result):
         for metric in of_task[0]["metrics"]:
             rows = []
             for entry in of_task:
-                values = entry["metrics"][metric]
-                spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
-                row = [entry["row"], entry["runs"], f"{np.mean(values):.3f}{spread}"]
+                row = [entry["row"], entry["runs"]]
+                row.append(metrics.mean_and_spread(entry["metrics"][metric]))
                 for base in baselines:
                     found = entry["differences"].get(base, {}).get(metric)
-                    row.append("{:+.3f} ({:+.3f} to {:+.3f})".format(*found) if found else "")
+                    row.append(metrics.difference(found))
                 rows.append(row)
             body += table(["row", "runs", metric, *(f"minus {base}" for base in baselines)], rows)
     return body + ('<p class="soft">Mean ± standard deviation over runs. Differences are paired, '
@@ -322,14 +322,13 @@ def result_page(path):
     if isinstance(result, list):
         raise ValueError(f"{path} is a summary of several results: name one of them, or a table")
     title = result.get("checkpoint") or base
-    body = f"<h1>{escape(title)}</h1>"
+    body = f"<h1>{escape(title)}</h1>" + figure(f"{base}.png")
     if result["kind"] == "table":
-        body += figure(f"{base}.png") + scores_of_table(result)
+        body += scores_of_table(result)
     else:
         body += f'<p class="soft">{escape(result["data"])}, {escape(result["split"])}</p>'
         body += scores_of(result)
-    endings = ["", "_classes", "_confusion", "_curves"]
-    for ending in endings if result["kind"] != "table" else []:
+    for ending in ("_classes", "_confusion", "_curves"):
         body += figure(f"{base}{ending}.png")
     if result["kind"] == "separator":
         tracks, sound = result_players(base, result["sources"])

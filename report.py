@@ -287,17 +287,19 @@ def draw_table(table):
 def draw_differences(ax, base, entries, rows, metric):
     """Differences of the rows to a baseline, the largest share of the labels on top."""
     shares = sorted({entry["labels"] for entry in entries}, reverse=True)
-    for entry in entries:
-        mean, low, high, _ = entry["differences"].get(base, {}).get(metric, [None] * 4)
-        if mean is None or entry["row"] not in rows:
-            continue
-        place = shares.index(entry["labels"])
-        y = rows.index(entry["row"]) - 0.6 * place / len(shares)
-        strength = 1 - 0.6 * place / len(shares)
-        ax.plot([low, high], [y, y], color=BLUE, alpha=strength)
-        ax.plot([mean], [y], "o", color=BLUE, alpha=strength)
-    for place, share in enumerate(shares if len(shares) > 1 else []):
-        ax.plot([], [], "o-", color=BLUE, alpha=1 - 0.6 * place / len(shares), label=f"{share:.0%}")
+    for place, share in enumerate(shares):
+        # a smaller share stands a little lower, and is paler
+        down = 0.6 * place / len(shares)
+        style = {"color": BLUE, "alpha": 1 - down}
+        ax.plot([], [], "o-", label=f"{share:.0%}", **style)
+        for entry in entries:
+            mean, low, high, _ = entry["differences"].get(base, {}).get(metric, [None] * 4)
+            if mean is None or entry["row"] not in rows or entry["labels"] != share:
+                continue
+            y = rows.index(entry["row"]) - down
+            ax.plot([low, high], [y, y], **style)
+            ax.plot([mean], [y], "o", **style)
+    if len(shares) > 1:
         ax.legend(frameon=False, fontsize=7)
     ax.axvline(0, color=ORANGE, linestyle="--")
     ax.locator_params(axis="x", nbins=5)

@@ -335,11 +335,6 @@ def summarise(done):
     return table
 
 
-def mean_and_spread(values, form=".3f"):
-    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-    return f"{np.mean(values):{form}}{spread}"
-
-
 def as_text(table):
     """Markdown: one table per task and share of the labels."""
     lines = []
@@ -351,11 +346,11 @@ def as_text(table):
                   "| row | runs | " + " | ".join(keys + heads) + " |",
                   "|---|" + "---|" * (1 + len(keys) + len(heads))]
         for entry in entries:
-            cells = [mean_and_spread(entry["metrics"][key]) for key in keys]
+            cells = [metrics.mean_and_spread(entry["metrics"][key]) for key in keys]
             for base in baselines:
                 for key in keys:
                     found = entry["differences"].get(base, {}).get(key)
-                    cells.append("{:+.3f} ({:+.3f} to {:+.3f})".format(*found) if found else "")
+                    cells.append(metrics.difference(found))
             lines.append(f"| {entry['row']} | {entry['runs']} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)

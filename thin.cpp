@@ -185,6 +185,7 @@ void pool(const T* x, T* y, uint8_t* from, long lines, long tall, long pixels, l
             long at = (line * pixels + pixel) * channels;
             in_vectors(channels, [&](auto size, long c) {
                 constexpr long W = size;
+                // places are float too: values of one size make vectors of one length
                 float best[W], which[W] = {}, total[W] = {}, k = 0;
                 for (long i = 0; i < W; i++) best[i] = load(corner[c + i]);
                 for (long t = 0; t < tall; t++) {

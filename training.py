@@ -106,7 +106,10 @@ def matmul_rate(device, amp_dtype):
 
 
 def floor_per_crop(net, crop, device):
-    """Seconds to train on a crop if all its arithmetic were one large matrix product."""
+    """Seconds to train on a crop if all its arithmetic were one large matrix product.
+
+    Says so if threads have to wait for other processes, which the measurement shows.
+    """
     rate, threads = matmul_rate(device, net.amp_dtype), torch.get_num_threads()
     if device == "cpu" and threads > 1:
         torch.set_num_threads(1)

@@ -69,8 +69,13 @@ def start(out, path, *args, limit=None):
     code += "import prepare_data, runtime\nruntime.script(prepare_data.main)"
     command = [sys.executable, "-c", code, "folder", f"--path={path}", f"--out={out}",
                "--workers=1", *args]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
+    # where the tests run in the background, processes would ignore Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def lines_in(out):
