@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES, HEADER = ["fused.cpp", "thin.cpp"], "fused.h"
+SOURCES, HEADER = ["fused.cpp", "thin.cpp", "winograd.cpp"], "fused.h"
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -123,6 +123,17 @@ def apply(x, weight, bias, mean, var, eps, slope):
     return y
 
 
+def norm_backward(dy, x, dx, weight, bias, mean, var, eps, slope):
+    """Gradients of weight and bias; that of x goes to dx, if that is not None. It may be dy."""
+    is_half, n, channels = sizes(x)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
+    numbers = map(ctypes.c_float, (eps, slope))
+    kernel().norm_backward(is_half, *map(address, (dy, x, dx)), n, channels,
+                           *map(address, (weight, bias, mean, var)), *numbers, address(dweight),
+                           address(dbias))
+    return dweight, dbias
+
+
 class NormLeakyFunction(torch.autograd.Function):
     """(B, C), or (B, C, T, F) channels last -> (y, mean, biased variance) of this batch."""
 
@@ -140,14 +151,8 @@ class NormLeakyFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, *_):
         x, *parameters = ctx.saved_tensors
-        is_half, n, channels = sizes(x)
-        dy = pixels_last(dy)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dweight, dbias = (torch.empty_like(parameters[0]) for _ in range(2))
-        kernel().norm_backward(is_half, *map(address, (dy, x, dx)), n, channels,
-                               *map(address, parameters), *map(ctypes.c_float, ctx.numbers),
-                               address(dweight), address(dbias))
-        return dx, dweight, dbias, None, None
+        return dx, *norm_backward(pixels_last(dy), x, dx, *parameters, *ctx.numbers), None, None
 
 
 class NormLeaky(nn.modules.batchnorm._BatchNorm):
@@ -168,15 +173,30 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
     def forward(self, x):
         if self.training and self.synced:
             return self.forward_synced(x)
-        with_gradient = torch.is_grad_enabled() and not self.training
-        is_plain = self.weight.dtype != torch.float32 or x.numel() == x.shape[1]
-        if with_gradient or is_plain or not takes(x):
+        if not self.is_kernel(x):
             return F.leaky_relu(super().forward(x), self.slope, inplace=True)
         x = pixels_last(x)
         if not self.training:
             return apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
                          self.slope)
         y, mean, var = NormLeakyFunction.apply(x, self.weight, self.bias, self.eps, self.slope)
+        self.take_statistics(mean, var, x.numel() // x.shape[1])
+        return y
+
+    def is_kernel(self, x):
+        """Whether a kernel can do it. Those have no gradient through statistics that are given."""
+        with_gradient = torch.is_grad_enabled() and not self.training
+        is_plain = self.weight.dtype != torch.float32 or x.numel() == x.shape[1]
+        return not (with_gradient or is_plain or self.training and self.synced) and takes(x)
+
+    def convolve(self, x, conv):
+        """conv(self(x)) by winograd.cpp."""
+        x = pixels_last(x)
+        if not self.training:
+            line = norm_line(self.weight, self.bias, self.running_mean, self.running_var, self.eps)
+            return convolve(x, conv.weight, conv.bias, line, self.slope)
+        y, mean, var = WinogradFunction.apply(x, conv.weight, conv.bias, self.weight, self.bias,
+                                              self.eps, self.slope)
         self.take_statistics(mean, var, x.numel() // x.shape[1])
         return y
 
@@ -282,21 +302,111 @@ class ToFew(torch.autograd.Function):
         return dx, dweight.flip(2, 3), dy.sum((0, 2, 3), dtype=torch.float64).float()
 
 
+class WinogradFunction(torch.autograd.Function):
+    """A convolution (C', C, 3, 3) of x or, given `norm`, of leaky_relu(norm(x)) -> (y, mean, var).
+
+    norm: None, or (weight, bias) of a BatchNorm over this batch. What is normalised is never in
+    memory: it is computed again from x for the gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, norm_weight, norm_bias, eps, slope):
+        mean = var = None
+        if norm_weight is not None:
+            is_half, n, channels = sizes(x)
+            mean, var = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
+            kernel().norm_measure(is_half, address(x), n, channels, address(mean), address(var))
+            ctx.mark_non_differentiable(mean, var)
+        norm = norm_weight, norm_bias, mean, var
+        ctx.save_for_backward(x, weight, *norm)
+        ctx.numbers = eps, slope
+        return convolve(x, weight, bias, norm_line(*norm, eps), slope), mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        x, weight, *norm = ctx.saved_tensors
+        (eps, slope), dy = ctx.numbers, pixels_last(dy)
+        (c_out, c_in), dnorm = weight.shape[:2], (None, None)
+        dweight, dbias = torch.empty(3, 3, c_in, c_out), torch.empty(c_out)
+        run_winograd("winograd_weight", x, c_out, x, *norm_line(*norm, eps), slope, dy, dweight,
+                     dbias)
+        dx = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+            turned = weight.flip(2, 3).transpose(0, 1)
+            dx = convolve(dy, turned, torch.zeros(c_in), (None, None), 0.0)
+        if norm[0] is not None:
+            dnorm = norm_backward(dx, x, dx, *norm, eps, slope)     # written over
+        return dx, dweight.permute(3, 2, 0, 1), dbias, *dnorm, None, None
+
+
+def norm_line(weight, bias, mean, var, eps):
+    """(scale, shift), each (C,), of what normalising is: scale x + shift. None if there is none."""
+    if weight is None:
+        return None, None
+    scale = weight / torch.sqrt(var + eps)
+    return scale, bias - mean * scale
+
+
+def run_winograd(name, x, c_out, *what):
+    """Calls a kernel of winograd.cpp for x (B, C, T, F)."""
+    images, c_in, height, width = x.shape
+    values = [ctypes.c_float(one) if isinstance(one, float) else address(one) for one in what]
+    getattr(kernel(), name)(*values, *longs(images, height, width, c_in, c_out))
+
+
+def convolve(x, weight, bias, line, slope):
+    """(B, C, T, F) by a kernel (C', C, 3, 3) -> (B, C', T, F); `line` as norm_line() gives it."""
+    y = torch.empty((len(x), len(weight), *x.shape[2:]), memory_format=torch.channels_last)
+    weight = weight.permute(2, 3, 1, 0).contiguous()                # (3, 3, C, C')
+    run_winograd("winograd_forward", x, len(weight[0, 0, 0]), x, *line, slope, weight, bias, y)
+    return y
+
+
 class Conv3x3(nn.Conv2d):
-    """nn.Conv2d of 3x3, padded by one: (B, C, T, F) -> (B, C', T, F)."""
+    """nn.Conv2d of 3x3, padded by one: (B, C, T, F) -> (B, C', T, F).
+
+    Given `norm`, a NormLeaky, it is the convolution of norm(x).
+    """
 
     def __init__(self, c_in, c_out):
         super().__init__(c_in, c_out, 3, padding=1)
 
-    def forward(self, x):
-        is_thin = min(self.in_channels, self.out_channels) <= 2
+    def forward(self, x, norm=None):
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        fits = dtype in DTYPES and self.weight.dtype == torch.float32
-        if not (is_thin and fits and takes(x)):
-            return super().forward(x)
-        if self.in_channels <= 2:
+        fits = takes(x) and dtype in DTYPES and self.weight.dtype == torch.float32
+        if fits and x.dtype == dtype == torch.float32 and self.is_winograd(x):
+            if norm is None:
+                return WinogradFunction.apply(pixels_last(x), self.weight, self.bias, None, None,
+                                              0.0, 0.0)[0]
+            if norm.is_kernel(x):
+                return norm.convolve(x, self)
+        if norm is not None:
+            x = norm(x)
+        if fits and self.in_channels <= 2:
             return FromFew.apply(pixels_last(x.float()), self.weight, self.bias, dtype)
-        return ToFew.apply(pixels_last(x), self.weight, self.bias).to(dtype)
+        if fits and self.out_channels <= 2:
+            return ToFew.apply(pixels_last(x), self.weight, self.bias).to(dtype)
+        return super().forward(x)
+
+    def is_winograd(self, x):
+        """Whether winograd.cpp can do it, and pays."""
+        height, width = x.shape[2:]
+        is_even = height % 2 == width % 2 == 0
+        return is_even and height * width >= 96 and min(self.in_channels, self.out_channels) > 8
+
+
+class NormsAndConvs(nn.Sequential):
+    """NormLeaky and Conv3x3 in turn; what follows a norm is computed together with it."""
+
+    def forward(self, x):
+        norm = None
+        for module in self:
+            if isinstance(module, NormLeaky):
+                norm = module
+            else:
+                x, norm = module(x, norm), None                     # (B, C', T, F)
+        return x if norm is None else norm(x)
 
 
 class UpFunction(torch.autograd.Function):

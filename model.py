@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tf_checkpoint
-from fused import Conv3x3, NormLeaky, Up, pool
+from fused import Conv3x3, NormLeaky, NormsAndConvs, Up, pool
 from tail import Tail, Transformer
 
 SAMPLE_RATE = 16000
@@ -113,7 +113,7 @@ def log_compress(x):
 
 def two_convs(c_in, c_out, momentum):
     """2 x [BatchNorm, LeakyReLU, Conv3x3]: normalised before the convolution, the input too."""
-    return nn.Sequential(OrderedDict({              # numbered as in older checkpoints
+    return NormsAndConvs(OrderedDict({              # numbered as in older checkpoints
         "0": NormLeaky(c_in, 0.01, momentum), "2": Conv3x3(c_in, c_out),
         "3": NormLeaky(c_out, 0.01, momentum), "5": Conv3x3(c_out, c_out)}))
 

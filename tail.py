@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from fused import Conv3x3, NormLeaky, pool
+from fused import Conv3x3, NormLeaky, NormsAndConvs, pool
 
 PATCH = 16              # frames and mel bands of a patch
 DROPOUT = 0.1           # in the transformer
@@ -33,7 +33,7 @@ class TailBlock(nn.Module):
             self.adapter = nn.Conv2d(c_skip, c_in, 1)
         if join == "concat":
             c_in = c_in + c_skip
-        self.convs = nn.Sequential(OrderedDict({    # numbered as in older checkpoints
+        self.convs = NormsAndConvs(OrderedDict({    # numbered as in older checkpoints
             "0": Conv3x3(c_in, c_out), "1": NormLeaky(c_out, 0.0, momentum),
             "3": Conv3x3(c_out, c_out), "4": NormLeaky(c_out, 0.0, momentum)}))
 

@@ -1,0 +1,423 @@
+// 3x3 convolutions, padded by one, for fused.py: by Winograd's algorithm F(2x2, 3x3) (Lavin and
+// Gray, arXiv 1509.09308), which multiplies 2.25 times less. All is float32.
+//
+// Images are (height, width, channels), one pixel after the other, of even height and width. The
+// results are computed in tiles of 2x2. A tile of the input is 4x4 and overlaps its neighbours:
+//
+//     result = A' [(G kernel G') * (B' input B)] A        * value by value, summed over channels
+//
+// So a convolution is 16 matrix products, one per place in a tile. They run over some rows of tiles
+// at a time, which stay in the processor's cache. The input may be normalised and go through a
+// LeakyReLU as it is read. Sums do not depend on the number of threads.
+
+#include <algorithm>
+#include <vector>
+
+namespace {
+
+// -------------------------------------------------------------------------------------------------
+// vectors, and products of matrices
+
+#ifdef __AVX512F__
+const long LANES = 16, BLOCK = 16;  // values of a vector; vectors of a block of a product
+#else
+const long LANES = 8, BLOCK = 8;
+#endif
+const long PLACES = 16;             // in a tile of 4x4
+const long CACHE = 8192;            // tiles times channels that are worked on at a time
+
+typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+inline vec get(const float* at) { return *(const vec*)at; }
+inline void put(float* at, vec values) { *(vec*)at = values; }
+inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
+inline long blocks_of(long channels) { return (channels + LANES - 1) / LANES; }
+
+// Floats from a place on that whole vectors can be read from at once.
+class Buffer {
+    struct alignas(64) Line { float values[16]; };
+    std::vector<Line> lines;
+
+public:
+    explicit Buffer(long n) : lines(n / 16 + 1) {}
+    float* at(long i) { return &lines[0].values[0] + i; }
+    const float* at(long i) const { return &lines[0].values[0] + i; }
+};
+
+// Matrices lie in blocks of LANES columns: (columns / LANES, rows, LANES). So all steps but those from
+// block to block are constants.
+
+// One matrix per place, each (rows, columns), columns rounded up to whole blocks. They are one line
+// of the cache further apart than they need: powers of two would fall on the same places of it.
+struct Places {
+    long blocks, block, apart;      // distances in floats
+    Buffer values;
+
+    Places(long rows, long columns)
+        : blocks(blocks_of(columns)), block(rows * LANES), apart(blocks * block + 16),
+          values(PLACES * apart) {}
+    float* at(long place, long row = 0, long column = 0) {
+        return values.at(place * apart + column / LANES * block + row * LANES + column % LANES);
+    }
+};
+
+// The left matrix of a product: steps from row to row and from column to column, and, after so many
+// columns, the step to the next block.
+struct ByRows { static const long ROW = LANES, COLUMN = 1; };
+struct ByColumns { static const long ROW = 1, COLUMN = LANES; };
+
+// c (BLOCK / N rows, N blocks) = a b, or is increased by it
+template <class A, long N>
+inline void multiply_block(const float* a, long a_block, long a_columns, const float* b,
+                           long b_block, float* c, long c_block, long depth, bool add) {
+    const long ROWS = BLOCK / N;
+    vec sums[ROWS][N];
+    for (long i = 0; i < ROWS; i++)
+        for (long j = 0; j < N; j++) sums[i][j] = add ? get(c + j * c_block + i * LANES) : vec{};
+    for (long left = depth; left > 0; left -= a_columns, a += a_block) {
+        const float* x = a;
+        for (long k = std::min(left, a_columns); k > 0; k--, x += A::COLUMN, b += LANES) {
+            vec right[N];
+            for (long j = 0; j < N; j++) right[j] = get(b + j * b_block);
+            for (long i = 0; i < ROWS; i++)
+                for (long j = 0; j < N; j++) sums[i][j] += x[i * A::ROW] * right[j];
+        }
+    }
+    for (long i = 0; i < ROWS; i++)
+        for (long j = 0; j < N; j++) put(c + j * c_block + i * LANES, sums[i][j]);
+}
+
+// two blocks of c at a time, and the last one alone if their number is odd
+template <class A, class Step>
+void multiply(long rows, long blocks, Step a_row, const float* a, long a_block, long a_columns,
+              const float* b, long b_block, float* c, long c_block, long depth, bool add) {
+    for (long n = 0; n + 1 < blocks; n += 2)
+        for (long i = 0; i < rows; i += BLOCK / 2)
+            multiply_block<A, 2>(a + a_row(i), a_block, a_columns, b + n * b_block, b_block,
+                                 c + n * c_block + i * LANES, c_block, depth, add);
+    if (blocks % 2 == 1)
+        for (long i = 0; i < rows; i += BLOCK)
+            multiply_block<A, 1>(a + a_row(i), a_block, a_columns, b + (blocks - 1) * b_block, 0,
+                                 c + (blocks - 1) * c_block + i * LANES, 0, depth, add);
+}
+
+// -------------------------------------------------------------------------------------------------
+// lines of images
+
+struct Images {
+    const float* values;
+    long count, height, width, channels;
+    const float *scale = nullptr, *shift = nullptr;     // (channels), if it is to be normalised
+    float slope = 1;                                    // of the LeakyReLU after that
+
+    long tiles() const { return width / 2; }            // of a row of tiles
+    long rows() const { return count * height / 2; }    // of tiles, in all images
+};
+
+// The lines that a row of tiles is made of, normalised, with a zero pixel at both ends and zeros
+// around the image. The last four are kept.
+class Lines {
+    const Images& images;
+    std::vector<Buffer> kept;
+    long numbers[4] = {-1, -1, -1, -1};
+
+    // one line, (width, channels), to `wide` channels
+    void copy(const float* from, float* to, long wide) const {
+        const long width = images.width, channels = images.channels;
+        const long whole = channels / LANES * LANES;
+        const float *scale = images.scale, *shift = images.shift, slope = images.slope;
+        for (long f = 0; f < width; f++, from += channels, to += wide) {
+            if (!scale) {
+                for (long c = 0; c < whole; c += LANES) put(to + c, get(from + c));
+                for (long c = whole; c < channels; c++) to[c] = from[c];
+                continue;
+            }
+            for (long c = 0; c < whole; c += LANES) {
+                vec z = get(from + c) * get(scale + c) + get(shift + c);
+                put(to + c, z > 0 ? z : z * slope);
+            }
+            for (long c = whole; c < channels; c++) {
+                float z = from[c] * scale[c] + shift[c];
+                to[c] = z > 0 ? z : z * slope;
+            }
+        }
+    }
+
+public:
+    const long channels;        // those of the images, and zeros up to a whole vector or panel
+
+    Lines(const Images& images, long channels)
+        : images(images), kept(4, Buffer((images.width + 2) * channels)), channels(channels) {}
+
+    // (width + 2, channels): line `offset`, from -1 to 2, of a row of tiles
+    const float* get_line(long row, long offset) {
+        long image = row / (images.height / 2), line = row % (images.height / 2) * 2 + offset;
+        long number = image * (images.height + 2) + line + 1, slot = number % 4;
+        float* to = kept[slot].at(channels);
+        if (numbers[slot] != number) {
+            numbers[slot] = number;
+            const float* from = images.values
+                                + (image * images.height + line) * images.width * images.channels;
+            if (line < 0 || line >= images.height)
+                std::fill(to, to + images.width * channels, 0.0f);
+            else copy(from, to, channels);
+        }
+        return to - channels;
+    }
+
+    // (width, channels): the same without the zero pixels, from where it is if it needs no change
+    const float* get_inner(long row, long offset) {
+        if (images.scale || images.channels != channels) return get_line(row, offset) + channels;
+        return images.values + (2 * row + offset) * images.width * channels;
+    }
+};
+
+// -------------------------------------------------------------------------------------------------
+// tiles
+
+// B' input B of a row of tiles, to rows `at`... of `tiles`
+void transform_input(Lines& lines, long row, long count, Places& tiles, long at) {
+    const float* line[4];
+    for (long i = 0; i < 4; i++) line[i] = lines.get_line(row, i - 1);
+    // copies: the compiler must know that what is stored does not change them
+    const long channels = lines.channels, apart = tiles.apart;
+    for (long c = 0; c < channels; c += LANES) {
+        float* block = tiles.at(0, at, c);
+        vec t[4][4];
+        auto column = [&](long f, long j) {
+            vec d[4];
+            for (long i = 0; i < 4; i++) d[i] = get(line[i] + f * channels + c);
+            t[0][j] = d[0] - d[2];
+            t[1][j] = d[1] + d[2];
+            t[2][j] = d[2] - d[1];
+            t[3][j] = d[1] - d[3];
+        };
+        column(0, 2);
+        column(1, 3);
+        for (long tile = 0; tile < count; tile++) {
+            // the last two columns are the first two of the next tile
+            for (long i = 0; i < 4; i++) {
+                t[i][0] = t[i][2];
+                t[i][1] = t[i][3];
+            }
+            column(2 * tile + 2, 2);
+            column(2 * tile + 3, 3);
+            float* to = block + tile * LANES;
+            for (long i = 0; i < 4; i++) {
+                put(to + 4 * i * apart, t[i][0] - t[i][2]);
+                put(to + (4 * i + 1) * apart, t[i][1] + t[i][2]);
+                put(to + (4 * i + 2) * apart, t[i][2] - t[i][1]);
+                put(to + (4 * i + 3) * apart, t[i][1] - t[i][3]);
+            }
+        }
+    }
+}
+
+// A gradient A' of a row of tiles, whose gradients are 2x2
+void transform_gradient(Lines& lines, long row, long count, Places& tiles, long at) {
+    const float *upper = lines.get_inner(row, 0), *lower = lines.get_inner(row, 1);
+    const long channels = lines.channels, apart = tiles.apart;
+    for (long c = 0; c < channels; c += LANES) {
+        float* block = tiles.at(0, at, c);
+        for (long tile = 0; tile < count; tile++) {
+            vec t[4][2];
+            for (long j = 0; j < 2; j++) {
+                vec a = get(upper + (2 * tile + j) * channels + c);
+                vec b = get(lower + (2 * tile + j) * channels + c);
+                t[0][j] = a;
+                t[1][j] = a + b;
+                t[2][j] = a - b;
+                t[3][j] = -b;
+            }
+            float* to = block + tile * LANES;
+            for (long i = 0; i < 4; i++) {
+                put(to + 4 * i * apart, t[i][0]);
+                put(to + (4 * i + 1) * apart, t[i][0] + t[i][1]);
+                put(to + (4 * i + 2) * apart, t[i][0] - t[i][1]);
+                put(to + (4 * i + 3) * apart, -t[i][1]);
+            }
+        }
+    }
+}
+
+// A' products A, and the bias: two lines of the result, y (2, width, channels)
+void transform_output(Places& tiles, long at, const Buffer& bias, float* y, long width,
+                      long channels) {
+    const long apart = tiles.apart, block = tiles.block;
+    for (long tile = 0; tile < width / 2; tile++) {
+        const float* from = tiles.at(0, at + tile);
+        for (long c = 0; c < channels; c += LANES, from += block) {
+            vec t[2][4];
+            for (long j = 0; j < 4; j++) {
+                vec m[4];
+                for (long i = 0; i < 4; i++) m[i] = get(from + (4 * i + j) * apart);
+                t[0][j] = m[0] + m[1] + m[2];
+                t[1][j] = m[1] - m[2] - m[3];
+            }
+            for (long i = 0; i < 2; i++) {
+                vec left = t[i][0] + t[i][1] + t[i][2] + get(bias.at(c));
+                vec right = t[i][1] - t[i][2] - t[i][3] + get(bias.at(c));
+                float* to = y + (i * width + 2 * tile) * channels + c;
+                if (c + LANES <= channels) {
+                    put(to, left);
+                    put(to + channels, right);
+                } else for (long k = 0; c + k < channels; k++) {
+                    to[k] = left[k];
+                    to[channels + k] = right[k];
+                }
+            }
+        }
+    }
+}
+
+// G kernel G' of a weight (3, 3, c_in, c_out)
+Places transform_weight(const float* weight, long c_in, long c_out) {
+    Places to(c_in, c_out);
+    const long columns = round_up(c_out, LANES);
+    #pragma omp parallel for schedule(static)
+    for (long k = 0; k < c_in; k++) {
+        Buffer taps(9 * columns);       // one row each, with zeros at its end
+        for (long i = 0; i < 9; i++)
+            std::copy_n(weight + (i * c_in + k) * c_out, c_out, taps.at(i * columns));
+        for (long n = 0; n < columns; n += LANES) {
+            vec t[4][3];
+            for (long j = 0; j < 3; j++) {
+                vec g[3];
+                for (long i = 0; i < 3; i++) g[i] = get(taps.at((3 * i + j) * columns + n));
+                t[0][j] = g[0];
+                t[1][j] = 0.5f * (g[0] + g[1] + g[2]);
+                t[2][j] = 0.5f * (g[0] - g[1] + g[2]);
+                t[3][j] = g[2];
+            }
+            for (long i = 0; i < 4; i++) {
+                put(to.at(4 * i, k, n), t[i][0]);
+                put(to.at(4 * i + 1, k, n), 0.5f * (t[i][0] + t[i][1] + t[i][2]));
+                put(to.at(4 * i + 2, k, n), 0.5f * (t[i][0] - t[i][1] + t[i][2]));
+                put(to.at(4 * i + 3, k, n), t[i][2]);
+            }
+        }
+    }
+    return to;
+}
+
+// -------------------------------------------------------------------------------------------------
+
+void convolve(const Images& images, const float* weight, const float* bias, float* y, long c_out) {
+    long c_in = images.channels, tiles = images.tiles();
+    long wide_in = round_up(c_in, LANES), wide_out = round_up(c_out, LANES);
+    Places kernels = transform_weight(weight, c_in, c_out);
+    Buffer wide_bias(wide_out);
+    std::copy_n(bias, c_out, wide_bias.at(0));
+    long rows = std::max(1L, CACHE / (wide_in + wide_out) / tiles);     // of tiles, at a time
+    long most = round_up(rows * tiles, BLOCK);
+    #pragma omp parallel
+    {
+        Lines lines(images, wide_in);
+        Places inputs(most, wide_in), products(most, wide_out);
+        #pragma omp for schedule(static)
+        for (long first = 0; first < images.rows(); first += rows) {
+            long end = std::min(images.rows(), first + rows);
+            for (long row = first; row < end; row++)
+                transform_input(lines, row, tiles, inputs, (row - first) * tiles);
+            long count = round_up((end - first) * tiles, BLOCK);
+            for (long i = 0; i < PLACES; i++)
+                multiply<ByRows>(count, kernels.blocks, [](long row) { return row * LANES; },
+                                 inputs.at(i), inputs.block, LANES, kernels.at(i), kernels.block,
+                                 products.at(i), products.block, c_in, false);
+            for (long row = first; row < end; row++)
+                transform_output(products, (row - first) * tiles, wide_bias,
+                                 y + row * 2 * images.width * c_out, images.width, c_out);
+        }
+    }
+}
+
+// dweight (3, 3, c_in, c_out) and dbias (c_out), of the images and the gradients of the result
+void weigh(const Images& images, const Images& gradients, float* dweight, float* dbias) {
+    long c_in = images.channels, c_out = gradients.channels, tiles = images.tiles();
+    long wide_in = round_up(c_in, LANES), wide_out = round_up(c_out, LANES), all = images.rows();
+    long tall = round_up(c_in, BLOCK);
+    long rows = std::max(1L, CACHE / (wide_in + wide_out) / tiles);
+
+    // parts are summed by one thread each, in float32, and then together in float64
+    long parts = std::clamp(all * tiles / 192, 1L, 16L), per_part = (all + parts - 1) / parts;
+    std::vector<Places> sums(parts, Places(tall, wide_out));
+    std::vector<double> biases(parts * c_out);
+    #pragma omp parallel
+    {
+        Lines lines(images, wide_in), gradient_lines(gradients, wide_out);
+        Places inputs(rows * tiles, wide_in), outputs(rows * tiles, wide_out);
+        #pragma omp for schedule(static)
+        for (long part = 0; part < parts; part++) {
+            long last = std::min(all, (part + 1) * per_part);
+            for (long first = part * per_part; first < last; first += rows) {
+                long end = std::min(last, first + rows), count = (end - first) * tiles;
+                for (long row = first; row < end; row++) {
+                    long at = (row - first) * tiles;
+                    transform_input(lines, row, tiles, inputs, at);
+                    transform_gradient(gradient_lines, row, tiles, outputs, at);
+                }
+                long step = inputs.block;
+                auto channel = [=](long c) { return c / LANES * step + c % LANES; };
+                for (long i = 0; i < PLACES; i++)
+                    multiply<ByColumns>(tall, outputs.blocks, channel, inputs.at(i), 0, count,
+                                        outputs.at(i), outputs.block, sums[part].at(i),
+                                        sums[part].block, count, true);
+                // at place 5 is the sum of a tile's four gradients
+                for (long n = 0; n < c_out; n++) {
+                    float total = 0;
+                    for (long tile = 0; tile < count; tile++) total += *outputs.at(5, tile, n);
+                    biases[part * c_out + n] += total;
+                }
+            }
+        }
+    }
+    for (long n = 0; n < c_out; n++) {
+        double total = 0;
+        for (long part = 0; part < parts; part++) total += biases[part * c_out + n];
+        dbias[n] = float(total);
+    }
+    #pragma omp parallel for schedule(static)
+    for (long k = 0; k < c_in; k++) {
+        std::vector<double> total(PLACES * c_out);
+        for (long part = 0; part < parts; part++)
+            for (long i = 0; i < PLACES; i++)
+                for (long n = 0; n < c_out; n++) total[i * c_out + n] += *sums[part].at(i, k, n);
+        // G' sums G
+        for (long n = 0; n < c_out; n++) {
+            double t[3][4];
+            for (long j = 0; j < 4; j++) {
+                double s[4];
+                for (long i = 0; i < 4; i++) s[i] = total[(4 * i + j) * c_out + n];
+                t[0][j] = s[0] + 0.5 * (s[1] + s[2]);
+                t[1][j] = 0.5 * (s[1] - s[2]);
+                t[2][j] = 0.5 * (s[1] + s[2]) + s[3];
+            }
+            for (long i = 0; i < 3; i++) {
+                double row[3] = {t[i][0] + 0.5 * (t[i][1] + t[i][2]), 0.5 * (t[i][1] - t[i][2]),
+                                 0.5 * (t[i][1] + t[i][2]) + t[i][3]};
+                for (long j = 0; j < 3; j++)
+                    dweight[((3 * i + j) * c_in + k) * c_out + n] = float(row[j]);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+// what fused.py calls; scale and shift may be null: the input is taken as it is
+extern "C" {
+
+void winograd_forward(const float* x, const float* scale, const float* shift, float slope,
+                      const float* weight, const float* bias, float* y, long count, long height,
+                      long width, long c_in, long c_out) {
+    convolve({x, count, height, width, c_in, scale, shift, slope}, weight, bias, y, c_out);
+}
+
+void winograd_weight(const float* x, const float* scale, const float* shift, float slope,
+                     const float* dy, float* dweight, float* dbias, long count, long height,
+                     long width, long c_in, long c_out) {
+    weigh({x, count, height, width, c_in, scale, shift, slope}, {dy, count, height, width, c_out},
+          dweight, dbias);
+}
+
+}
