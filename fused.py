@@ -393,7 +393,7 @@ class Conv3x3(nn.Conv2d):
         """Whether winograd.cpp can do it, and pays."""
         height, width = x.shape[2:]
         is_even = height % 2 == width % 2 == 0
-        return is_even and height * width >= 96 and min(self.in_channels, self.out_channels) > 8
+        return is_even and height * width >= 192 and min(self.in_channels, self.out_channels) > 8
 
 
 class NormsAndConvs(nn.Sequential):

@@ -87,7 +87,8 @@ inline void multiply_block(const float* a, long a_block, long a_columns, const f
         for (long j = 0; j < N; j++) put(c + j * c_block + i * LANES, sums[i][j]);
 }
 
-// two blocks of c at a time, and the last one alone if their number is odd
+// Two blocks of c at a time, and the last one alone if their number is odd. Up to BLOCK - 1 rows more
+// than asked for are computed.
 template <class A, class Step>
 void multiply(long rows, long blocks, Step a_row, const float* a, long a_block, long a_columns,
               const float* b, long b_block, float* c, long c_block, long depth, bool add) {
@@ -114,22 +115,21 @@ struct Images {
     long rows() const { return count * height / 2; }    // of tiles, in all images
 };
 
-// The lines that a row of tiles is made of, normalised, with a zero pixel at both ends and zeros
-// around the image. The last four are kept.
+// The lines that a row of tiles is made of, normalised, with zeros above and below the image and in
+// channels up to a whole vector. The last four are kept.
 class Lines {
     const Images& images;
     std::vector<Buffer> kept;
+    Buffer zeros;
     long numbers[4] = {-1, -1, -1, -1};
 
-    // one line, (width, channels), to `wide` channels
     void copy(const float* from, float* to, long wide) const {
         const long width = images.width, channels = images.channels;
         const long whole = channels / LANES * LANES;
         const float *scale = images.scale, *shift = images.shift, slope = images.slope;
         for (long f = 0; f < width; f++, from += channels, to += wide) {
             if (!scale) {
-                for (long c = 0; c < whole; c += LANES) put(to + c, get(from + c));
-                for (long c = whole; c < channels; c++) to[c] = from[c];
+                std::copy_n(from, channels, to);
                 continue;
             }
             for (long c = 0; c < whole; c += LANES) {
@@ -144,31 +144,23 @@ class Lines {
     }
 
 public:
-    const long channels;        // those of the images, and zeros up to a whole vector or panel
+    const long channels;        // those of the images, up to a whole vector
 
-    Lines(const Images& images, long channels)
-        : images(images), kept(4, Buffer((images.width + 2) * channels)), channels(channels) {}
+    explicit Lines(const Images& images)
+        : images(images), kept(4, Buffer(images.width * round_up(images.channels, LANES))),
+          zeros(images.width * round_up(images.channels, LANES)),
+          channels(round_up(images.channels, LANES)) {}
 
-    // (width + 2, channels): line `offset`, from -1 to 2, of a row of tiles
+    // (width, channels): line `offset`, from -1 to 2, of a row of tiles
     const float* get_line(long row, long offset) {
         long image = row / (images.height / 2), line = row % (images.height / 2) * 2 + offset;
-        long number = image * (images.height + 2) + line + 1, slot = number % 4;
-        float* to = kept[slot].at(channels);
-        if (numbers[slot] != number) {
-            numbers[slot] = number;
-            const float* from = images.values
-                                + (image * images.height + line) * images.width * images.channels;
-            if (line < 0 || line >= images.height)
-                std::fill(to, to + images.width * channels, 0.0f);
-            else copy(from, to, channels);
-        }
-        return to - channels;
-    }
-
-    // (width, channels): the same without the zero pixels, from where it is if it needs no change
-    const float* get_inner(long row, long offset) {
-        if (images.scale || images.channels != channels) return get_line(row, offset) + channels;
-        return images.values + (2 * row + offset) * images.width * channels;
+        if (line < 0 || line >= images.height) return zeros.at(0);
+        long number = image * images.height + line, slot = number % 4;
+        const float* from = images.values + number * images.width * images.channels;
+        if (!images.scale && images.channels == channels) return from;
+        if (numbers[slot] != number) copy(from, kept[slot].at(0), channels);
+        numbers[slot] = number;
+        return kept[slot].at(0);
     }
 };
 
@@ -192,16 +184,17 @@ void transform_input(Lines& lines, long row, long count, Places& tiles, long at)
             t[2][j] = d[2] - d[1];
             t[3][j] = d[1] - d[3];
         };
-        column(0, 2);
-        column(1, 3);
+        for (long i = 0; i < 4; i++) t[i][2] = vec{};       // beside the image are zeros
+        column(0, 3);
         for (long tile = 0; tile < count; tile++) {
             // the last two columns are the first two of the next tile
             for (long i = 0; i < 4; i++) {
                 t[i][0] = t[i][2];
                 t[i][1] = t[i][3];
             }
-            column(2 * tile + 2, 2);
-            column(2 * tile + 3, 3);
+            column(2 * tile + 1, 2);
+            if (tile + 1 < count) column(2 * tile + 2, 3);
+            else for (long i = 0; i < 4; i++) t[i][3] = vec{};
             float* to = block + tile * LANES;
             for (long i = 0; i < 4; i++) {
                 put(to + 4 * i * apart, t[i][0] - t[i][2]);
@@ -215,7 +208,7 @@ void transform_input(Lines& lines, long row, long count, Places& tiles, long at)
 
 // A gradient A' of a row of tiles, whose gradients are 2x2
 void transform_gradient(Lines& lines, long row, long count, Places& tiles, long at) {
-    const float *upper = lines.get_inner(row, 0), *lower = lines.get_inner(row, 1);
+    const float *upper = lines.get_line(row, 0), *lower = lines.get_line(row, 1);
     const long channels = lines.channels, apart = tiles.apart;
     for (long c = 0; c < channels; c += LANES) {
         float* block = tiles.at(0, at, c);
@@ -312,16 +305,15 @@ void convolve(const Images& images, const float* weight, const float* bias, floa
     long most = round_up(rows * tiles, BLOCK);
     #pragma omp parallel
     {
-        Lines lines(images, wide_in);
+        Lines lines(images);
         Places inputs(most, wide_in), products(most, wide_out);
         #pragma omp for schedule(static)
         for (long first = 0; first < images.rows(); first += rows) {
             long end = std::min(images.rows(), first + rows);
             for (long row = first; row < end; row++)
                 transform_input(lines, row, tiles, inputs, (row - first) * tiles);
-            long count = round_up((end - first) * tiles, BLOCK);
             for (long i = 0; i < PLACES; i++)
-                multiply<ByRows>(count, kernels.blocks, [](long row) { return row * LANES; },
+                multiply<ByRows>((end - first) * tiles, kernels.blocks, [](long row) { return row * LANES; },
                                  inputs.at(i), inputs.block, LANES, kernels.at(i), kernels.block,
                                  products.at(i), products.block, c_in, false);
             for (long row = first; row < end; row++)
@@ -335,16 +327,15 @@ void convolve(const Images& images, const float* weight, const float* bias, floa
 void weigh(const Images& images, const Images& gradients, float* dweight, float* dbias) {
     long c_in = images.channels, c_out = gradients.channels, tiles = images.tiles();
     long wide_in = round_up(c_in, LANES), wide_out = round_up(c_out, LANES), all = images.rows();
-    long tall = round_up(c_in, BLOCK);
     long rows = std::max(1L, CACHE / (wide_in + wide_out) / tiles);
 
     // parts are summed by one thread each, in float32, and then together in float64
     long parts = std::clamp(all * tiles / 192, 1L, 16L), per_part = (all + parts - 1) / parts;
-    std::vector<Places> sums(parts, Places(tall, wide_out));
+    std::vector<Places> sums(parts, Places(round_up(c_in, BLOCK), wide_out));
     std::vector<double> biases(parts * c_out);
     #pragma omp parallel
     {
-        Lines lines(images, wide_in), gradient_lines(gradients, wide_out);
+        Lines lines(images), gradient_lines(gradients);
         Places inputs(rows * tiles, wide_in), outputs(rows * tiles, wide_out);
         #pragma omp for schedule(static)
         for (long part = 0; part < parts; part++) {
@@ -359,7 +350,7 @@ void weigh(const Images& images, const Images& gradients, float* dweight, float*
                 long step = inputs.block;
                 auto channel = [=](long c) { return c / LANES * step + c % LANES; };
                 for (long i = 0; i < PLACES; i++)
-                    multiply<ByColumns>(tall, outputs.blocks, channel, inputs.at(i), 0, count,
+                    multiply<ByColumns>(c_in, outputs.blocks, channel, inputs.at(i), 0, count,
                                         outputs.at(i), outputs.block, sums[part].at(i),
                                         sums[part].block, count, true);
                 // at place 5 is the sum of a tile's four gradients

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(fused.kernel() is None, reason="there is no C++ 
 
 # one block of channels, several, a part of one; rows of tiles that fill a cache, or do not
 CHANNELS = [(16, 16), (17, 32), (9, 40), (64, 64), (100, 70)]
-SIZES = [(12, 8), (2, 48), (48, 2), (34, 26), (16, 128)]
+SIZES = [(12, 16), (2, 96), (96, 2), (34, 26), (16, 128)]
 
 
 def everything(run, leaves, gradient):
@@ -94,7 +94,7 @@ def test_with_a_norm_it_equals_float64(c_in, c_out, size, slope):
 
 
 def test_the_norm_is_not_run_on_its_own_where_both_are_one():
-    conv, x, _ = made(16, 16, (12, 8))
+    conv, x, _ = made(16, 16, (12, 16))
     both, ran = fused.NormsAndConvs(fused.NormLeaky(16, 0.01, 0.1), conv), []
     both[0].register_forward_hook(lambda *_: ran.append(1))
     both(x)
@@ -104,7 +104,7 @@ def test_the_norm_is_not_run_on_its_own_where_both_are_one():
 
 
 def test_without_gradients_of_the_input():
-    conv, x, gradient = made(16, 24, (12, 8))
+    conv, x, gradient = made(16, 24, (12, 16))
     conv(x).backward(gradient)
     weight = conv.weight.grad.clone()
     conv.zero_grad()
@@ -113,7 +113,7 @@ def test_without_gradients_of_the_input():
 
 
 def test_an_input_in_another_layout_and_a_sliced_one():
-    conv, x, _ = made(16, 24, (12, 8))
+    conv, x, _ = made(16, 24, (12, 16))
     wanted = conv(x)
     assert torch.equal(conv(x.contiguous()), wanted)
     wide = torch.cat([x, x], 1)
@@ -121,7 +121,7 @@ def test_an_input_in_another_layout_and_a_sliced_one():
 
 
 def test_what_is_not_a_number_stays_near_its_place():
-    conv, x, _ = made(16, 16, (12, 8))
+    conv, x, _ = made(16, 16, (12, 16))
     x[1, 3, 6, 4] = float("nan")
     y = conv(x)
     assert y[1, :, 5:8, 3:6].isnan().all()
