@@ -89,7 +89,7 @@ track = ""                      # send the log to tensorboard or wandb too
 # system
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
-compile = True                  # torch.compile U-Net and tail, on a GPU; a CPU has fused.cpp
+compile = True                  # torch.compile U-Net and tail, on a GPU; a CPU has kernels
 workers = 2                     # threads that cut crops ahead; 0: none
 data_on_gpu = True              # keep the audio in GPU memory, if that has room for it twice
 # -----------------------------------------------------------------------------

@@ -1,20 +1,12 @@
 """
-Parts of the networks that are faster on a CPU by our own kernels, fused.cpp and thin.cpp:
-BatchNorm and LeakyReLU in one, convolutions with one or two channels on a side, pooling.
+Parts of the networks that are faster on a CPU by our own kernels: BatchNorm and LeakyReLU in one,
+with the convolution or the pooling behind them; convolutions; pooling.
 
-With PyTorch's own functions these take most of the time that is not convolution, and much of the
-memory. The sums of the kernels are more exact, and they do not depend on the number of threads.
-They are compiled within seconds, once, to the cache folder of the user. Where there is no C++
-compiler, and on other devices, PyTorch's functions are used. One line says that there is none.
+With PyTorch's own functions steps take up to twice as long, and up to twice the memory. The sums of
+the kernels are more exact, and they do not depend on the number of threads. Where there is no
+kernel, see kernels.py, PyTorch's functions are used.
 """
-import contextlib
 import ctypes
-import functools
-import hashlib
-import os
-import platform
-import subprocess
-import sys
 
 import torch
 import torch.distributed as dist
@@ -22,89 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES, HEADER = ["fused.cpp", "thin.cpp", "winograd.cpp"], "fused.h"
-FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-         "-shared", "-fPIC"]
-DTYPES = [torch.float32, torch.bfloat16]
-switched_off = False            # see plain()
-
-
-@contextlib.contextmanager
-def plain():
-    """Within it, PyTorch's functions are used: their arithmetic can be counted."""
-    global switched_off
-    before, switched_off = switched_off, True
-    try:
-        yield
-    finally:
-        switched_off = before
-
-
-@functools.cache
-def kernel():
-    """The compiled kernels; None if they cannot be had here, which is told in one line."""
-    sources = [os.path.join(HERE, name) for name in SOURCES]
-    # a home folder may be shared by machines with other processors
-    what = [*FLAGS, platform.platform(), torch.backends.cpu.get_cpu_capability(), processor()]
-    seen = hashlib.sha256(" ".join(what).encode())
-    for path in [*sources, os.path.join(HERE, HEADER)]:
-        with open(path, "rb") as f:
-            seen.update(f.read())
-    name = seen.hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = os.path.join(cache, "music-sep-pretrain", f"fused-{name}.so")
-    try:
-        if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            made = f"{path}.{os.getpid()}.tmp"
-            compiler = os.environ.get("CXX", "c++")
-            done = subprocess.run([compiler, *FLAGS, *sources, "-o", made],
-                                  capture_output=True, timeout=120)
-            if done.returncode:
-                raise OSError(done.stderr.decode(errors="replace").strip() or "it says nothing")
-            os.replace(made, path)
-        return ctypes.CDLL(path)
-    except (OSError, subprocess.TimeoutExpired) as e:
-        reason = " ".join(str(e).split())[:160]
-        print(f"note: fused.cpp cannot be compiled here ({reason}): networks are slower",
-              file=sys.stderr)
-        return None
-
-
-def processor():
-    """What the processor calls its abilities, on Linux."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
-            return next((line for line in f if line.startswith(("flags", "Features"))), "")
-    except OSError:
-        return ""
-
-
-def takes(x):
-    """Whether the kernels can do it; compilers and exporters want PyTorch's functions."""
-    watched = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return (x.device.type == "cpu" and x.dtype in DTYPES and not switched_off and not watched
-            and kernel() is not None)
-
-
-def pixels_last(x):
-    """The same values with the channels next to each other."""
-    layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    return x.contiguous(memory_format=layout)
-
-
-def address(tensor):
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def longs(*numbers):
-    return map(ctypes.c_long, numbers)
-
-
-def half(x):
-    return DTYPES.index(x.dtype)        # an error for others: the kernels would write too far
-
+from kernels import DTYPES, address, half, kernel, longs, pixels_last, takes
 
 # -----------------------------------------------------------------------------
 # BatchNorm and LeakyReLU
@@ -135,29 +45,42 @@ def norm_backward(dy, x, dx, weight, bias, mean, var, eps, slope):
 
 
 class NormLeakyFunction(torch.autograd.Function):
-    """(B, C), or (B, C, T, F) channels last -> (y, mean, biased variance) of this batch."""
+    """(B, C), or (B, C, T, F) channels last -> (y, mean, biased variance) of this batch.
+
+    Given `size`, y is max-pooled by it: (B, C, T / t, F / f).
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, slope):
+    def forward(ctx, x, weight, bias, eps, slope, size):
         is_half, n, channels = sizes(x)
         mean, var = torch.empty_like(weight), torch.empty_like(weight)
         kernel().norm_measure(is_half, address(x), n, channels, address(mean), address(var))
         ctx.save_for_backward(x, weight, bias, mean, var)
-        ctx.numbers = eps, slope
+        ctx.numbers, ctx.size = (eps, slope), size
         ctx.mark_non_differentiable(mean, var)
-        return apply(x, weight, bias, mean, var, eps, slope), mean, var
+        y = apply(x, weight, bias, mean, var, eps, slope)
+        if size is not None:
+            y, ctx.which = pool_forward(y, size, True)
+        return y, mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
         x, *parameters = ctx.saved_tensors
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        return dx, *norm_backward(pixels_last(dy), x, dx, *parameters, *ctx.numbers), None, None
+        if ctx.size is not None:
+            dy = dx = pool_backward(pixels_last(dy), ctx.which, x.shape, ctx.size)  # written over
+        elif ctx.needs_input_grad[0]:
+            dx = torch.empty_like(x)
+        else:
+            dx = None
+        dweight, dbias = norm_backward(pixels_last(dy), x, dx, *parameters, *ctx.numbers)
+        return dx, dweight, dbias, None, None, None
 
 
 class NormLeaky(nn.modules.batchnorm._BatchNorm):
     """BatchNorm, then LeakyReLU: (B, C) or (B, C, T, F) -> the same. A slope of 0 makes it a ReLU.
 
+    Given `size`, (t, f), it is max-pooled by that: (B, C, T / t, F / f).
     Names and values of its weights are those of nn.BatchNorm2d. If `synced`, statistics in training
     are those of the batches of all processes together.
     """
@@ -170,18 +93,23 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
         if x.dim() not in (2, 4):
             raise ValueError(f"(B, C) or (B, C, T, F) is expected, got {tuple(x.shape)}")
 
-    def forward(self, x):
+    def forward(self, x, size=None):
+        if size is not None and not divides(size, x):
+            return pool(self(x), size)
+        if self.training and self.is_kernel(x):
+            x = pixels_last(x)
+            y, mean, var = NormLeakyFunction.apply(x, self.weight, self.bias, self.eps, self.slope,
+                                                   size)
+            self.take_statistics(mean, var, x.numel() // x.shape[1])
+            return y
         if self.training and self.synced:
-            return self.forward_synced(x)
-        if not self.is_kernel(x):
-            return F.leaky_relu(super().forward(x), self.slope, inplace=True)
-        x = pixels_last(x)
-        if not self.training:
-            return apply(x, self.weight, self.bias, self.running_mean, self.running_var, self.eps,
-                         self.slope)
-        y, mean, var = NormLeakyFunction.apply(x, self.weight, self.bias, self.eps, self.slope)
-        self.take_statistics(mean, var, x.numel() // x.shape[1])
-        return y
+            y = self.forward_synced(x)
+        elif self.is_kernel(x):
+            y = apply(pixels_last(x), self.weight, self.bias, self.running_mean, self.running_var,
+                      self.eps, self.slope)
+        else:
+            y = F.leaky_relu(super().forward(x), self.slope, inplace=True)
+        return y if size is None else pool(y, size)
 
     def is_kernel(self, x):
         """Whether a kernel can do it. Those have no gradient through statistics that are given."""
@@ -397,16 +325,19 @@ class Conv3x3(nn.Conv2d):
 
 
 class NormsAndConvs(nn.Sequential):
-    """NormLeaky and Conv3x3 in turn; what follows a norm is computed together with it."""
+    """NormLeaky and Conv3x3 in turn; what follows a norm is computed together with it.
 
-    def forward(self, x):
+    Given `size`, (t, f), there is a norm at the end, and its result is max-pooled.
+    """
+
+    def forward(self, x, size=None):
         norm = None
         for module in self:
             if isinstance(module, NormLeaky):
                 norm = module
             else:
                 x, norm = module(x, norm), None                     # (B, C', T, F)
-        return x if norm is None else norm(x)
+        return x if norm is None else norm(x, size)
 
 
 class UpFunction(torch.autograd.Function):
@@ -450,32 +381,50 @@ class Up(nn.ConvTranspose2d):
 # -----------------------------------------------------------------------------
 # pooling
 
+def pool_forward(x, size, largest):
+    """(B, C, T, F) -> (B, C, T / t, F / f), and which of the values each is, one byte, or None."""
+    images, channels, height, width = x.shape
+    y = torch.empty((images, channels, height // size[0], width // size[1]), dtype=x.dtype,
+                    memory_format=torch.channels_last)
+    which = torch.empty_like(y, dtype=torch.uint8) if largest else None
+    run_pool("pool_forward", y, size, x, y, which)
+    return y, which
+
+
+def pool_backward(dy, which, shape, size):
+    """The gradient of pooling, of the shape of its input."""
+    dx = torch.empty(shape, dtype=dy.dtype, memory_format=torch.channels_last)
+    run_pool("pool_backward", dy, size, dy, which, dx)
+    return dx
+
+
+def run_pool(name, small, size, *tensors):
+    images, channels, height, width = small.shape
+    getattr(kernel(), name)(half(small), *map(address, tensors),
+                            *longs(images * height, size[0], width, size[1], channels))
+
+
 class PoolFunction(torch.autograd.Function):
     """Keeps one byte per result for the gradient, where PyTorch keeps the input and eight."""
 
     @staticmethod
-    def forward(ctx, x, tall, wide, largest):
-        images, channels, height, width = x.shape
-        y = torch.empty((images, channels, height // tall, width // wide), dtype=x.dtype,
-                        memory_format=torch.channels_last)
-        which = torch.empty_like(y, dtype=torch.uint8) if largest else None
-        ctx.numbers = images * (height // tall), tall, width // wide, wide, channels
-        ctx.like, ctx.which = (x.shape, x.dtype), which
-        kernel().pool_forward(half(x), address(x), address(y), address(which), *longs(*ctx.numbers))
+    def forward(ctx, x, size, largest):
+        ctx.shape, ctx.size = x.shape, size
+        y, ctx.which = pool_forward(x, size, largest)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        shape, dtype = ctx.like
-        dy, dx = pixels_last(dy), torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
-        kernel().pool_backward(half(dy), address(dy), address(ctx.which), address(dx),
-                               *longs(*ctx.numbers))
-        return dx, None, None, None
+        return pool_backward(pixels_last(dy), ctx.which, ctx.shape, ctx.size), None, None
+
+
+def divides(size, x):
+    return x.shape[2] % size[0] == x.shape[3] % size[1] == 0
 
 
 def pool(x, size, kind="max"):
     """F.max_pool2d or F.avg_pool2d: (B, C, T, F) by size (t, f) -> (B, C, T / t, F / f)."""
-    if x.shape[2] % size[0] or x.shape[3] % size[1] or not takes(x):
+    if not (takes(x) and divides(size, x)):
         return {"max": F.max_pool2d, "avg": F.avg_pool2d}[kind](x, size)
-    return PoolFunction.apply(pixels_last(x), *size, kind == "max")
+    return PoolFunction.apply(pixels_last(x), size, kind == "max")

@@ -20,7 +20,7 @@ import types
 import torch
 import torch.distributed as dist
 
-import fused
+import kernels
 
 try:
     import fcntl
@@ -299,7 +299,7 @@ def start(device):
     if rank > 0:        # what all have to say is said once; errors are not held back
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     if device == "cpu":
-        fused.kernel()      # compiled now if it is not there: later its note would be in the way
+        kernels.kernel()      # compiled now if it is not there: later its note would be in the way
     return device, rank, world
 
 
@@ -334,7 +334,7 @@ def keep_freed_memory():
 def compile_parts(parts, device):
     """Compiles the modules in place, if torch.compile works here; else says so in one line.
 
-    On a CPU this takes over a minute, and the steps are no faster than with fused.cpp.
+    On a CPU this takes over a minute, and the steps are no faster than with our kernels.
     """
     # torch.compile() never fails, its first call does (no C++ compiler, no Triton, an old GPU)
     probe = torch.nn.Sequential(

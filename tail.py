@@ -44,7 +44,7 @@ class TailBlock(nn.Module):
             x = torch.cat([x, skip], 1)                             # (B, C + C', T', M')
         elif self.join == "add":
             x = x + self.adapter(skip)
-        return pool(self.convs(x), self.size)
+        return self.convs(x, self.size)                             # (B, C, T'/2, M'/2)
 
 
 class Tail(nn.Module):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
-import fused
+import kernels
 import runtime
 from model import read_checkpoint
 from runtime import die
@@ -84,7 +84,7 @@ def flops_per_crop(net, crop, device):
     A forward pass, and twice as much for the gradients of inputs and weights.
     """
     net.eval()
-    with fused.plain(), FlopCounterMode(display=False) as counter:
+    with kernels.plain(), FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, crop, device=device))
     net.train()
     return 3 * counter.get_total_flops()

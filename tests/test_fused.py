@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from conftest import NARROW, ROOT, TORCHRUN
 
 import fused
+import kernels
 
-needs_compiler = pytest.mark.skipif(fused.kernel() is None, reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(kernels.kernel() is None, reason="there is no C++ compiler")
 
 
 def module_and_input(shape, slope=0.01, dtype=torch.float32, mean=3.0):
@@ -77,10 +78,29 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 @needs_compiler
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (5, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooled_at_once_is_the_same_to_the_bit(size, dtype):
+    norm, x = module_and_input((2, 17, 12, 8), 0.0, dtype)
+    found = []
+    for run in (lambda x: norm(x, size), lambda x: fused.pool(norm(x), size)):
+        norm.reset_running_stats()
+        norm.zero_grad()
+        leaf = x.detach().requires_grad_()
+        y = run(leaf)
+        y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(dtype))
+        found.append([y.detach(), leaf.grad, norm.weight.grad.clone(), norm.bias.grad.clone(),
+                      norm.running_mean.clone(), norm.running_var.clone()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    norm.eval()
+    assert torch.equal(norm(x, size), fused.pool(norm(x), size))
+
+
+@needs_compiler
 def test_far_from_zero_and_without_spread():
     norm, x = module_and_input((2, 8, 32, 32), mean=1e4)
     with torch.no_grad():
-        y, mean, var = fused.NormLeakyFunction.apply(x, norm.weight, norm.bias, 1e-3, 0.01)
+        y, mean, var = fused.NormLeakyFunction.apply(x, norm.weight, norm.bias, 1e-3, 0.01, None)
     exact = x.double()
     assert torch.allclose(mean.double(), exact.mean((0, 2, 3)), rtol=1e-7)
     assert torch.allclose(var.double(), exact.var((0, 2, 3), correction=0), rtol=1e-4)
@@ -101,7 +121,7 @@ def test_a_channel_that_is_nearly_constant():
     x = torch.zeros(8, 1, 384, 256).to(memory_format=torch.channels_last)
     x.view(-1)[x.numel() // 2] = 1.7
     with torch.no_grad():
-        _, mean, var = fused.NormLeakyFunction.apply(x, norm.weight, norm.bias, 1e-3, 0.01)
+        _, mean, var = fused.NormLeakyFunction.apply(x, norm.weight, norm.bias, 1e-3, 0.01, None)
     assert mean.item() == pytest.approx(x.double().mean().item(), rel=1e-5)
     assert var.item() == pytest.approx(x.double().var().item(), rel=1e-4)
 

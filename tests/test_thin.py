@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from conftest import NARROW
 
 import fused
+import kernels
 import model
 import training
 
-pytestmark = pytest.mark.skipif(fused.kernel() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(kernels.kernel() is None, reason="there is no C++ compiler")
 
 
 def all_of(module, x, gradient):
@@ -117,7 +118,7 @@ def test_the_whole_network_is_nearer_to_float64_than_with_pytorchs_functions(poo
     exact = gradients(unet.double(), x.double())
     unet = unet.float()
     ours = (gradients(unet, x) - exact).norm() / exact.norm()
-    with fused.plain():
+    with kernels.plain():
         plain = (gradients(unet, x) - exact).norm() / exact.norm()
     assert ours < min(plain, 0.01)
 
@@ -144,7 +145,7 @@ def test_half_precision_of_the_other_kind_is_left_to_pytorch():
     assert y.dtype == torch.float16
     torch.testing.assert_close(y.float(), module(x), atol=1e-2, rtol=1e-2)
     with pytest.raises(ValueError):
-        fused.half(x.half())
+        kernels.half(x.half())
 
 
 def test_a_traced_network_knows_other_inputs():
@@ -159,4 +160,4 @@ def test_arithmetic_is_counted_in_full():
     net = model.Separator(["vocals"], NARROW)
     counted = training.flops_per_crop(net, model.CROP, "cpu")
     first, last = 2 * 9 * NARROW[0] * 384 * 256, 2 * 9 * 2 * NARROW[0] * 384 * 256
-    assert counted > 3 * 4 * (first + last) and not fused.switched_off
+    assert counted > 3 * 4 * (first + last) and not kernels.switched_off

@@ -5,8 +5,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import fused
+import kernels
 
-pytestmark = pytest.mark.skipif(fused.kernel() is None, reason="there is no C++ compiler")
+pytestmark = pytest.mark.skipif(kernels.kernel() is None, reason="there is no C++ compiler")
 
 # one block of channels, several, a part of one; rows of tiles that fill a cache, or do not
 CHANNELS = [(16, 16), (17, 32), (9, 40), (64, 64), (100, 70)]
@@ -38,7 +39,7 @@ def made(c_in, c_out, size, images=3):
 
 
 def by_kernel(conv, x):
-    return fused.takes(x) and conv.is_winograd(x)
+    return kernels.takes(x) and conv.is_winograd(x)
 
 
 @pytest.mark.parametrize("c_in, c_out", CHANNELS)
