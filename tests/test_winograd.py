@@ -1,4 +1,6 @@
 """Winograd's convolutions, alone and with the norm before them: beside float64."""
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -95,13 +97,28 @@ def test_with_a_norm_it_equals_float64(c_in, c_out, size, slope):
 
 
 def test_the_norm_is_not_run_on_its_own_where_both_are_one():
-    conv, x, _ = made(16, 16, (12, 16))
+    conv, x, _ = made(16, 16, (34, 26))
     both, ran = fused.NormsAndConvs(fused.NormLeaky(16, 0.01, 0.1), conv), []
     both[0].register_forward_hook(lambda *_: ran.append(1))
     both(x)
     assert not ran
-    both(x[:, :, :11])              # odd sizes go to PyTorch
-    assert ran
+    for odd in (x[:, :, :33], x[..., :25], x[:, :, :12, :8]):       # and small ones
+        ran.clear()
+        both(odd)               # by PyTorch
+        assert ran
+
+
+def test_gradients_through_statistics_that_are_given():
+    conv, x, gradient = made(16, 24, (12, 16))
+    both, found = fused.NormsAndConvs(fused.NormLeaky(16, 0.01, 0.1), conv), []
+    both(x)
+    both.eval()
+    for net, given in ((copy.deepcopy(both).double(), x.double()), (both, x)):
+        leaf = given.detach().requires_grad_()
+        net.zero_grad()
+        net(leaf).backward(gradient.to(leaf.dtype))
+        found.append([leaf.grad, *(p.grad.clone() for p in net.parameters())])
+    assert max(errors(found[1], found[0])) < 1e-5
 
 
 def test_without_gradients_of_the_input():
