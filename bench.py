@@ -10,8 +10,9 @@ How fast training and inference are here, and how far from what this machine can
 One line per network: median of the steps, in milliseconds; crops a second; arithmetic in TFLOP/s;
 its share of what one large matrix product reaches, and of what the bare convolutions of the same
 shapes reach, both measured in the same process; largest memory; share of the time that waits for
-data; and in use, seconds of music per second. Each network has a process of its own. Run nothing
-else meanwhile. OMP_NUM_THREADS sets the threads.
+data; and in use, seconds of music per second. Shares can be above 100 %: what is counted are the
+plain sums, and Winograd's algorithm multiplies less. Each network has a process of its own. Run
+nothing else meanwhile. OMP_NUM_THREADS sets the threads.
 """
 import itertools
 import os
