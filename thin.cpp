@@ -1,8 +1,8 @@
 // Convolutions with one or two channels on one side, and pooling, for fused.py.
 //
 // Images are (height, width, channels), one pixel after the other. What is summed over pixels is
-// summed in float32 within a line and in float64 beyond, in an order of its own: the result does not
-// depend on the number of threads.
+// summed in float32 within a line and in float64 beyond, in an order of its own: the result does
+// not depend on the number of threads.
 
 #include <algorithm>
 #include <type_traits>

@@ -44,8 +44,7 @@ public:
     const float* at(long i) const { return &lines[0].values[0] + i; }
 };
 
-// Matrices lie in blocks of LANES columns: (columns / LANES, rows, LANES). So all steps but those from
-// block to block are constants.
+// Matrices lie in blocks of LANES columns: (columns / LANES, rows, LANES). Most steps are constant.
 
 // One matrix per place, each (rows, columns), columns rounded up to whole blocks. They are one line
 // of the cache further apart than they need: powers of two would fall on the same places of it.
@@ -61,22 +60,28 @@ struct Places {
     }
 };
 
-// The left matrix of a product: steps from row to row and from column to column, and, after so many
-// columns, the step to the next block.
-struct ByRows { static const long ROW = LANES, COLUMN = 1; };
-struct ByColumns { static const long ROW = 1, COLUMN = LANES; };
+// How the left matrix of a product is read: as it is, or transposed. ROW and COLUMN are steps. RUN
+// is the number of columns until the step is that to the next block. row() is where a row begins.
+struct AsItIs {
+    static const long ROW = LANES, COLUMN = 1, RUN = LANES;
+    static long row(long i, long) { return i * LANES; }
+};
+struct Transposed {
+    static const long ROW = 1, COLUMN = LANES, RUN = 1L << 30;
+    static long row(long i, long block) { return i / LANES * block + i % LANES; }
+};
 
 // c (BLOCK / N rows, N blocks) = a b, or is increased by it
 template <class A, long N>
-inline void multiply_block(const float* a, long a_block, long a_columns, const float* b,
-                           long b_block, float* c, long c_block, long depth, bool add) {
+inline void multiply_block(const float* a, long a_block, const float* b, long b_block, float* c,
+                           long c_block, long depth, bool add) {
     const long ROWS = BLOCK / N;
     vec sums[ROWS][N];
     for (long i = 0; i < ROWS; i++)
         for (long j = 0; j < N; j++) sums[i][j] = add ? get(c + j * c_block + i * LANES) : vec{};
-    for (long left = depth; left > 0; left -= a_columns, a += a_block) {
+    for (long left = depth; left > 0; left -= A::RUN, a += a_block) {
         const float* x = a;
-        for (long k = std::min(left, a_columns); k > 0; k--, x += A::COLUMN, b += LANES) {
+        for (long k = left < A::RUN ? left : A::RUN; k > 0; k--, x += A::COLUMN, b += LANES) {
             vec right[N];
             for (long j = 0; j < N; j++) right[j] = get(b + j * b_block);
             for (long i = 0; i < ROWS; i++)
@@ -87,19 +92,18 @@ inline void multiply_block(const float* a, long a_block, long a_columns, const f
         for (long j = 0; j < N; j++) put(c + j * c_block + i * LANES, sums[i][j]);
 }
 
-// Two blocks of c at a time, and the last one alone if their number is odd. Up to BLOCK - 1 rows more
-// than asked for are computed.
-template <class A, class Step>
-void multiply(long rows, long blocks, Step a_row, const float* a, long a_block, long a_columns,
-              const float* b, long b_block, float* c, long c_block, long depth, bool add) {
-    for (long n = 0; n + 1 < blocks; n += 2)
+// The same for all rows and blocks: two blocks at a time, and the last one alone if their number is
+// odd. Up to BLOCK - 1 rows more than asked for are computed.
+template <class A>
+void multiply(long rows, long blocks, const float* a, long a_block, const float* b, long b_block,
+              float* c, long c_block, long depth, bool add) {
+    for (; blocks > 1; blocks -= 2, b += 2 * b_block, c += 2 * c_block)
         for (long i = 0; i < rows; i += BLOCK / 2)
-            multiply_block<A, 2>(a + a_row(i), a_block, a_columns, b + n * b_block, b_block,
-                                 c + n * c_block + i * LANES, c_block, depth, add);
-    if (blocks % 2 == 1)
-        for (long i = 0; i < rows; i += BLOCK)
-            multiply_block<A, 1>(a + a_row(i), a_block, a_columns, b + (blocks - 1) * b_block, 0,
-                                 c + (blocks - 1) * c_block + i * LANES, 0, depth, add);
+            multiply_block<A, 2>(a + A::row(i, a_block), a_block, b, b_block, c + i * LANES,
+                                 c_block, depth, add);
+    for (long i = 0; blocks == 1 && i < rows; i += BLOCK)
+        multiply_block<A, 1>(a + A::row(i, a_block), a_block, b, b_block, c + i * LANES, c_block,
+                             depth, add);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -115,8 +119,8 @@ struct Images {
     long rows() const { return count * height / 2; }    // of tiles, in all images
 };
 
-// The lines that a row of tiles is made of, normalised, with zeros above and below the image and in
-// channels up to a whole vector. The last four are kept.
+// The lines that a row of tiles is made of, normalised, with zeros above and below the image, and
+// in channels up to a whole vector. The last four are kept.
 class Lines {
     const Images& images;
     std::vector<Buffer> kept;
@@ -293,6 +297,33 @@ Places transform_weight(const float* weight, long c_in, long c_out) {
     return to;
 }
 
+// G' sums G: dweight (3, 3, c_in, c_out), of the sums of all parts
+void transform_sums(std::vector<Places>& sums, float* dweight, long c_in, long c_out) {
+    #pragma omp parallel for schedule(static)
+    for (long k = 0; k < c_in; k++) {
+        std::vector<double> total(PLACES * c_out);
+        for (Places& part : sums)
+            for (long i = 0; i < PLACES; i++)
+                for (long n = 0; n < c_out; n++) total[i * c_out + n] += *part.at(i, k, n);
+        for (long n = 0; n < c_out; n++) {
+            double t[3][4];
+            for (long j = 0; j < 4; j++) {
+                double s[4];
+                for (long i = 0; i < 4; i++) s[i] = total[(4 * i + j) * c_out + n];
+                t[0][j] = s[0] + 0.5 * (s[1] + s[2]);
+                t[1][j] = 0.5 * (s[1] - s[2]);
+                t[2][j] = 0.5 * (s[1] + s[2]) + s[3];
+            }
+            for (long i = 0; i < 3; i++) {
+                double row[3] = {t[i][0] + 0.5 * (t[i][1] + t[i][2]), 0.5 * (t[i][1] - t[i][2]),
+                                 0.5 * (t[i][1] + t[i][2]) + t[i][3]};
+                for (long j = 0; j < 3; j++)
+                    dweight[((3 * i + j) * c_in + k) * c_out + n] = float(row[j]);
+            }
+        }
+    }
+}
+
 // -------------------------------------------------------------------------------------------------
 
 void convolve(const Images& images, const float* weight, const float* bias, float* y, long c_out) {
@@ -313,9 +344,9 @@ void convolve(const Images& images, const float* weight, const float* bias, floa
             for (long row = first; row < end; row++)
                 transform_input(lines, row, tiles, inputs, (row - first) * tiles);
             for (long i = 0; i < PLACES; i++)
-                multiply<ByRows>((end - first) * tiles, kernels.blocks, [](long row) { return row * LANES; },
-                                 inputs.at(i), inputs.block, LANES, kernels.at(i), kernels.block,
-                                 products.at(i), products.block, c_in, false);
+                multiply<AsItIs>((end - first) * tiles, kernels.blocks, inputs.at(i), inputs.block,
+                                 kernels.at(i), kernels.block, products.at(i), products.block, c_in,
+                                 false);
             for (long row = first; row < end; row++)
                 transform_output(products, (row - first) * tiles, wide_bias,
                                  y + row * 2 * images.width * c_out, images.width, c_out);
@@ -347,12 +378,10 @@ void weigh(const Images& images, const Images& gradients, float* dweight, float*
                     transform_input(lines, row, tiles, inputs, at);
                     transform_gradient(gradient_lines, row, tiles, outputs, at);
                 }
-                long step = inputs.block;
-                auto channel = [=](long c) { return c / LANES * step + c % LANES; };
                 for (long i = 0; i < PLACES; i++)
-                    multiply<ByColumns>(c_in, outputs.blocks, channel, inputs.at(i), 0, count,
-                                        outputs.at(i), outputs.block, sums[part].at(i),
-                                        sums[part].block, count, true);
+                    multiply<Transposed>(c_in, outputs.blocks, inputs.at(i), inputs.block,
+                                         outputs.at(i), outputs.block, sums[part].at(i),
+                                         sums[part].block, count, true);
                 // at place 5 is the sum of a tile's four gradients
                 for (long n = 0; n < c_out; n++) {
                     float total = 0;
@@ -367,30 +396,7 @@ void weigh(const Images& images, const Images& gradients, float* dweight, float*
         for (long part = 0; part < parts; part++) total += biases[part * c_out + n];
         dbias[n] = float(total);
     }
-    #pragma omp parallel for schedule(static)
-    for (long k = 0; k < c_in; k++) {
-        std::vector<double> total(PLACES * c_out);
-        for (long part = 0; part < parts; part++)
-            for (long i = 0; i < PLACES; i++)
-                for (long n = 0; n < c_out; n++) total[i * c_out + n] += *sums[part].at(i, k, n);
-        // G' sums G
-        for (long n = 0; n < c_out; n++) {
-            double t[3][4];
-            for (long j = 0; j < 4; j++) {
-                double s[4];
-                for (long i = 0; i < 4; i++) s[i] = total[(4 * i + j) * c_out + n];
-                t[0][j] = s[0] + 0.5 * (s[1] + s[2]);
-                t[1][j] = 0.5 * (s[1] - s[2]);
-                t[2][j] = 0.5 * (s[1] + s[2]) + s[3];
-            }
-            for (long i = 0; i < 3; i++) {
-                double row[3] = {t[i][0] + 0.5 * (t[i][1] + t[i][2]), 0.5 * (t[i][1] - t[i][2]),
-                                 0.5 * (t[i][1] + t[i][2]) + t[i][3]};
-                for (long j = 0; j < 3; j++)
-                    dweight[((3 * i + j) * c_in + k) * c_out + n] = float(row[j]);
-            }
-        }
-    }
+    transform_sums(sums, dweight, c_in, c_out);
 }
 
 }  // namespace
