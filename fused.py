@@ -260,11 +260,11 @@ class WinogradFunction(torch.autograd.Function):
         run_winograd("winograd_weight", x, c_out, x, *norm_line(*norm, eps), slope, dy, dweight,
                      dbias)
         dx = None
-        if ctx.needs_input_grad[0] or ctx.needs_input_grad[3]:
+        if any(ctx.needs_input_grad[k] for k in (0, 3, 4)):         # x, and the norm's weights
             turned = weight.flip(2, 3).transpose(0, 1)
             dx = convolve(dy, turned, torch.zeros(c_in), (None, None), 0.0)
-        if norm[0] is not None:
-            dnorm = norm_backward(dx, x, dx, *norm, eps, slope)     # written over
+            if norm[0] is not None:
+                dnorm = norm_backward(dx, x, dx, *norm, eps, slope)     # written over
         return dx, dweight.permute(3, 2, 0, 1), dbias, *dnorm, None, None
 
 

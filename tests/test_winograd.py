@@ -130,6 +130,20 @@ def test_without_gradients_of_the_input():
     assert torch.equal(conv.weight.grad, weight) and x.grad is not None
 
 
+@pytest.mark.parametrize("frozen", [["weight"], ["bias"], ["weight", "bias"]])
+def test_with_a_norm_that_is_not_trained(frozen):
+    conv, x, gradient = made(16, 24, (12, 16))
+    both = fused.NormsAndConvs(fused.NormLeaky(16, 0.01, 0.1), conv)
+    both(x).backward(gradient)
+    wanted = {name: p.grad.clone() for name, p in both.named_parameters()}
+    both.zero_grad()
+    for name in frozen:
+        getattr(both[0], name).requires_grad_(False)
+    both(x).backward(gradient)
+    for name, p in both.named_parameters():
+        assert torch.equal(p.grad, wanted[name]) if p.requires_grad else p.grad is None
+
+
 def test_an_input_in_another_layout_and_a_sliced_one():
     conv, x, _ = made(16, 24, (12, 16))
     wanted = conv(x)
