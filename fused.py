@@ -113,9 +113,11 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
 
     def is_kernel(self, x):
         """Whether a kernel can do it. Those have no gradient through statistics that are given."""
-        with_gradient = torch.is_grad_enabled() and not self.training
-        is_plain = self.weight.dtype != torch.float32 or x.numel() == x.shape[1]
-        return not (with_gradient or is_plain or self.training and self.synced) and takes(x)
+        if not takes(x) or self.weight.dtype != torch.float32 or x.numel() == x.shape[1]:
+            return False
+        if self.training:
+            return not self.synced
+        return not torch.is_grad_enabled()
 
     def convolve(self, x, conv):
         """conv(self(x)) by winograd.cpp."""
