@@ -320,7 +320,7 @@ class Clips:
             rng = np.random.default_rng([self.seed, epoch, int(number)])
             starts.append(item["offset"] + int(rng.integers(room + 1)))
             lengths.append(min(self.crop, item["length"]))
-        waves = torch.as_tensor(self.data.cut(starts, self.crop, lengths))    # (B, 61792)
+        waves = torch.as_tensor(self.data.cut(starts, self.crop, lengths))      # (B, 61792)
         return waves, self.targets[numbers]
 
 

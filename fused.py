@@ -44,6 +44,14 @@ def norm_backward(dy, x, dx, weight, bias, mean, var, eps, slope):
     return dweight, dbias
 
 
+def measure(x):
+    """(mean, biased variance), each (C,), of a batch."""
+    is_half, n, channels = sizes(x)
+    mean, var = torch.empty(x.shape[1]), torch.empty(x.shape[1])
+    kernel().norm_measure(is_half, address(x), n, channels, address(mean), address(var))
+    return mean, var
+
+
 class NormLeakyFunction(torch.autograd.Function):
     """(B, C), or (B, C, T, F) channels last -> (y, mean, biased variance) of this batch.
 
@@ -52,9 +60,7 @@ class NormLeakyFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, eps, slope, size):
-        is_half, n, channels = sizes(x)
-        mean, var = torch.empty_like(weight), torch.empty_like(weight)
-        kernel().norm_measure(is_half, address(x), n, channels, address(mean), address(var))
+        mean, var = measure(x)
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.numbers, ctx.size = (eps, slope), size
         ctx.mark_non_differentiable(mean, var)
@@ -81,6 +87,7 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
     """BatchNorm, then LeakyReLU: (B, C) or (B, C, T, F) -> the same. A slope of 0 makes it a ReLU.
 
     Given `size`, (t, f), it is max-pooled by that: (B, C, T / t, F / f).
+
     Names and values of its weights are those of nn.BatchNorm2d. If `synced`, statistics in training
     are those of the batches of all processes together.
     """
@@ -233,19 +240,17 @@ class ToFew(torch.autograd.Function):
 
 
 class WinogradFunction(torch.autograd.Function):
-    """A convolution (C', C, 3, 3) of x or, given `norm`, of leaky_relu(norm(x)) -> (y, mean, var).
+    """A convolution by (C', C, 3, 3): (B, C, T, F) -> (y (B, C', T, F), mean, biased variance).
 
-    norm: None, or (weight, bias) of a BatchNorm over this batch. What is normalised is never in
-    memory: it is computed again from x for the gradient.
+    Given the weight and bias of a BatchNorm, it is that of leaky_relu(norm(x)), with the statistics
+    of this batch. What is normalised is never in memory: it is computed again for the gradient.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, norm_weight, norm_bias, eps, slope):
         mean = var = None
         if norm_weight is not None:
-            is_half, n, channels = sizes(x)
-            mean, var = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
-            kernel().norm_measure(is_half, address(x), n, channels, address(mean), address(var))
+            mean, var = measure(x)
             ctx.mark_non_differentiable(mean, var)
         norm = norm_weight, norm_bias, mean, var
         ctx.save_for_backward(x, weight, *norm)
@@ -256,12 +261,14 @@ class WinogradFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy, *_):
         x, weight, *norm = ctx.saved_tensors
-        (eps, slope), dy = ctx.numbers, pixels_last(dy)
-        (c_out, c_in), dnorm = weight.shape[:2], (None, None)
+        eps, slope = ctx.numbers
+        c_out, c_in = weight.shape[:2]
+        dy = pixels_last(dy)
         dweight, dbias = torch.empty(3, 3, c_in, c_out), torch.empty(c_out)
         run_winograd("winograd_weight", x, c_out, x, *norm_line(*norm, eps), slope, dy, dweight,
                      dbias)
-        dx = None
+        # the gradient of the input is a convolution too, by the kernel turned around
+        dx, dnorm = None, (None, None)
         if any(ctx.needs_input_grad[k] for k in (0, 3, 4)):         # x, and the norm's weights
             turned = weight.flip(2, 3).transpose(0, 1)
             dx = convolve(dy, turned, torch.zeros(c_in), (None, None), 0.0)
@@ -287,9 +294,10 @@ def run_winograd(name, x, c_out, *what):
 
 def convolve(x, weight, bias, line, slope):
     """(B, C, T, F) by a kernel (C', C, 3, 3) -> (B, C', T, F); `line` as norm_line() gives it."""
-    y = torch.empty((len(x), len(weight), *x.shape[2:]), memory_format=torch.channels_last)
+    c_out = len(weight)
+    y = torch.empty((len(x), c_out, *x.shape[2:]), memory_format=torch.channels_last)
     weight = weight.permute(2, 3, 1, 0).contiguous()                # (3, 3, C, C')
-    run_winograd("winograd_forward", x, len(weight[0, 0, 0]), x, *line, slope, weight, bias, y)
+    run_winograd("winograd_forward", x, c_out, x, *line, slope, weight, bias, y)
     return y
 
 
@@ -329,7 +337,7 @@ class Conv3x3(nn.Conv2d):
 class NormsAndConvs(nn.Sequential):
     """NormLeaky and Conv3x3 in turn; what follows a norm is computed together with it.
 
-    Given `size`, (t, f), there is a norm at the end, and its result is max-pooled.
+    Given `size`, (t, f), the result is max-pooled.
     """
 
     def forward(self, x, size=None):
@@ -339,7 +347,9 @@ class NormsAndConvs(nn.Sequential):
                 norm = module
             else:
                 x, norm = module(x, norm), None                     # (B, C', T, F)
-        return x if norm is None else norm(x, size)
+        if norm is not None:
+            return norm(x, size)                                    # (B, C', T / t, F / f)
+        return x if size is None else pool(x, size)
 
 
 class UpFunction(torch.autograd.Function):

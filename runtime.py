@@ -299,7 +299,7 @@ def start(device):
     if rank > 0:        # what all have to say is said once; errors are not held back
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
     if device == "cpu":
-        kernels.kernel()      # compiled now if it is not there: later its note would be in the way
+        kernels.kernel()    # compiled now if it is not there: later its note would be in the way
     return device, rank, world
 
 

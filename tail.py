@@ -44,7 +44,7 @@ class TailBlock(nn.Module):
             x = torch.cat([x, skip], 1)                             # (B, C + C', T', M')
         elif self.join == "add":
             x = x + self.adapter(skip)
-        return self.convs(x, self.size)                             # (B, C, T'/2, M'/2)
+        return self.convs(x, self.size)                             # (B, C, T'/t, M'/f)
 
 
 class Tail(nn.Module):

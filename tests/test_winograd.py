@@ -40,15 +40,11 @@ def made(c_in, c_out, size, images=3):
     return conv, x, torch.randn(images, c_out, *size)
 
 
-def by_kernel(conv, x):
-    return kernels.takes(x) and conv.is_winograd(x)
-
-
 @pytest.mark.parametrize("c_in, c_out", CHANNELS)
 @pytest.mark.parametrize("size", SIZES)
 def test_a_convolution_equals_float64(c_in, c_out, size):
     conv, x, gradient = made(c_in, c_out, size)
-    assert by_kernel(conv, x)
+    assert kernels.takes(x) and conv.is_winograd(x)
 
     def ours(x, weight, bias):
         return fused.WinogradFunction.apply(x, weight, bias, None, None, 0.0, 0.0)[0]
@@ -106,6 +102,13 @@ def test_the_norm_is_not_run_on_its_own_where_both_are_one():
         ran.clear()
         both(odd)               # by PyTorch
         assert ran
+
+
+def test_pooled_behind_a_norm_and_behind_a_convolution():
+    conv, x, _ = made(16, 24, (12, 16))
+    for parts in ([conv, fused.NormLeaky(24, 0.0, 0.1)], [fused.NormLeaky(16, 0.0, 0.1), conv]):
+        both = fused.NormsAndConvs(*parts)
+        assert torch.equal(both(x, (2, 2)), F.max_pool2d(both(x), 2))
 
 
 def test_gradients_through_statistics_that_are_given():
