@@ -2,7 +2,7 @@
 Parts of the networks that are faster on a CPU by our own kernels: BatchNorm and LeakyReLU in one,
 with the convolution or the pooling behind them; convolutions; pooling.
 
-With PyTorch's own functions steps take up to twice as long, and up to twice the memory. The sums of
+With PyTorch's own functions steps take half as long again, and up to twice the memory. The sums of
 the kernels are more exact, and they do not depend on the number of threads. Where there is no
 kernel, see kernels.py, PyTorch's functions are used.
 """
