@@ -137,7 +137,6 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
         self.take_statistics(mean, var, x.numel() // x.shape[1])
         return y
 
-    @torch.compiler.disable         # compiled, it would lose the gradient through the sums
     def forward_synced(self, x):
         """The same over the batches of all processes, which must be of one size."""
         from torch.distributed.nn.functional import all_reduce  # not every PyTorch has it
@@ -166,6 +165,8 @@ def synchronise(net):
     for module in net.modules():
         if isinstance(module, NormLeaky):
             module.synced = True
+            # compiled, it would lose the gradient through the sums
+            module.forward_synced = torch.compiler.disable(module.forward_synced)
 
 
 # -----------------------------------------------------------------------------

@@ -228,3 +228,10 @@ def test_training_goes_on_where_compiling_does_not_work(tmp_path):
     said = compile_and_compare(tmp_path, CXX="no-such-compiler",
                                TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "c"))
     assert said.count("torch.compile does not work here") == 1
+
+
+def test_no_script_loads_the_compiler_before_it_is_needed():
+    # it takes as long as all the rest of a start
+    scripts = "audio, eval, export, fused, hubconf, listen, model, page, report, table"
+    asked = f"import sys, {scripts}; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT).returncode == 0
