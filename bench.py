@@ -44,6 +44,7 @@ profile = False         # also print the operators of a step that take most time
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
 dtype = "float32"       # float32, bfloat16, float16: of the convolutions only
 compile = False         # torch.compile, as in training
+cuda_graph = True       # as in training
 workers = 2             # threads that read data ahead
 # -----------------------------------------------------------------------------
 
@@ -71,18 +72,20 @@ def build(name):
     return model.Classifier(50, True, name, **narrow), 16
 
 
-def batches(net, kind, count):
+def batches(net, kind, count, on):
     """Endless batches (waves, targets) of so many crops, from `data` or of noise."""
     if not data:
         torch.manual_seed(1)
-        wave = 0.1 * torch.randn(count, getattr(net, "crop", model.CROP))       # (B, N)
+        wave = 0.1 * torch.randn(count, getattr(net, "crop", model.CROP)).to(on)        # (B, N)
         if kind == "separator":
             return itertools.repeat((wave, torch.stack([wave] * len(net.sources), 1)))
-        return itertools.repeat((wave, (torch.rand(count, 50) < 0.1).float()))
+        return itertools.repeat((wave, (torch.rand(count, 50) < 0.1).float().to(on)))
+    prepared = Prepared(data, "stems" if kind == "separator" else "clips")
+    training.keep_on_gpu(prepared, on, True)
     if kind == "separator":
-        mixes = Mixes(Prepared(data, "stems"), "train", net.sources, 1)
+        mixes = Mixes(prepared, "train", net.sources, 1)
         return prefetch(lambda k: mixes.batch(k * count, count), itertools.count(), workers)
-    clips = Clips(Prepared(data, "clips"), "train", "tags")
+    clips = Clips(prepared, "train", "tags")
     clips.crop = net.crop
     if len(clips.classes) != 50:
         runtime.die(f"{data} has {len(clips.classes)} tags, and these networks 50: name data/mtat")
@@ -94,7 +97,12 @@ def wait_for(on):
         torch.cuda.synchronize()
 
 
-def median_seconds(work, on, count, untimed=2):
+def untimed(on):
+    """How many calls are made before those that count; on a GPU the fourth records a graph."""
+    return 4 if on.startswith("cuda") else 2
+
+
+def median_seconds(work, on, count, untimed):
     """The median time that work() takes, in seconds."""
     took = []
     for _ in range(untimed + count):
@@ -124,7 +132,8 @@ def convolutions_of(net, step):
 
 def bare_seconds(seen, on, amp_dtype):
     """What the convolutions alone take, forward and backward, one after the other."""
-    total = 0.0
+    total, on_gpu = 0.0, on.startswith("cuda")
+    repeats = 10 if on_gpu else 1       # starting anything on a GPU takes as long as one of them
     for module, shape, needs_gradient in seen:
         x = torch.randn(shape, device=on, dtype=amp_dtype or torch.float32)
         x = x.to(memory_format=torch.channels_last).requires_grad_(needs_gradient)
@@ -133,13 +142,15 @@ def bare_seconds(seen, on, amp_dtype):
             module.in_channels, module.out_channels, module.kernel_size, module.stride,
             module.padding).to(on, amp_dtype, memory_format=torch.channels_last)
         gradient = torch.randn_like(bare(x))
+        wanted = [t for t in (x, *bare.parameters()) if t.requires_grad]
 
-        def work(bare=bare, x=x, gradient=gradient):
-            bare(x).backward(gradient)
-            bare.zero_grad(set_to_none=True)
-            x.grad = None
+        def work(bare=bare, x=x, gradient=gradient, wanted=wanted):
+            for _ in range(repeats):
+                torch.autograd.grad(bare(x), wanted, gradient)
 
-        total += median_seconds(work, on, max(3, steps // 2), 1)
+        if on_gpu:
+            work = training.Graphed(work, [])
+        total += median_seconds(work, on, max(3, steps // 2), untimed(on)) / repeats
     return total
 
 
@@ -157,19 +168,25 @@ def measure(name, on):
     kind = "separator" if name.startswith("separator") else "classifier"
     net, count = net.to(on).train(), batch_size or count
     net.amp_dtype = runtime.AMP_DTYPES[dtype]
-    optimizer = torch.optim.Adam(net.parameters(), 1e-4, eps=1e-7)
-    source, meter = iter(batches(net, kind, count)), training.Meter()
+    on_gpu = on.startswith("cuda")
+    optimizer = torch.optim.Adam(net.parameters(), 1e-4, eps=1e-7, fused=on_gpu)
+    source, meter = iter(batches(net, kind, count, on)), training.Meter()
 
-    def step():
-        wave, target = meter.next_batch(source, on)
+    def learn(wave, target):
         if kind == "separator":
             loss = pretrain_sep.l1_loss(net(wave), target)
         else:
             loss = finetune_cls.crop_losses(net(wave), target, net.multilabel).mean()
         loss.backward()
+        return loss.detach()
+
+    if cuda_graph and on_gpu:
+        learn = training.Graphed(learn, net.parameters())
+
+    def step():
+        meter.add(learn(*meter.next_batch(source, on)))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        meter.add(loss)
 
     # what there is to do, and a step that is not timed
     flops = count * training.flops_per_crop(net, getattr(net, "crop", model.CROP), on)
@@ -179,13 +196,13 @@ def measure(name, on):
         runtime.compile_parts(parts, on)
 
     # training
-    for _ in range(2):
+    for _ in range(untimed(on)):
         step()
     meter.reset()
     seconds = median_seconds(step, on, steps, 0)
     waiting, memory = meter.waited / (time.time() - meter.began), peak_gib(on)
     if profile:
-        print_profile(step)
+        print_profile(step, on_gpu)
     bare = bare_seconds(seen, on, net.amp_dtype)
     rate = training.matmul_rate(on, net.amp_dtype)
 
@@ -193,18 +210,20 @@ def measure(name, on):
     net.eval()
     wave = 0.1 * torch.randn(song * model.SAMPLE_RATE)
     use = model.separate if kind == "separator" else model.tag
-    in_use = median_seconds(lambda: use(net, wave), on, 3, 1)
+    with torch.compiler.set_stance("force_eager"):
+        in_use = median_seconds(lambda: use(net, wave), on, 3, 1)
     done = flops / seconds
-    return (name, f"{1000 * seconds:.0f}", f"{count / seconds:.1f}", f"{done / 1e12:.3f}",
-            f"{done / rate:.0%}", f"{1000 * bare:.0f}", f"{bare / seconds:.0%}", f"{memory:.1f}",
+    return (name, f"{1000 * seconds:.4g}", f"{count / seconds:.1f}", f"{done / 1e12:.3f}",
+            f"{done / rate:.0%}", f"{1000 * bare:.4g}", f"{bare / seconds:.0%}", f"{memory:.1f}",
             f"{waiting:.0%}", f"{song / in_use:.0f}")
 
 
-def print_profile(step):
+def print_profile(step, on_gpu):
     from torch.profiler import profile as recorded
     with recorded() as found:
         step()
-    print(found.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(found.key_averages().table(sort_by=order, row_limit=25))
 
 
 def main():

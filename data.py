@@ -147,7 +147,9 @@ class Prepared:
                 crop[:most] = to_float(self.audio[at:at + most])
             return crops
         device = self.on_device.device
-        starts, valid = (torch.as_tensor(x, device=device)[:, None] for x in (starts, valid))
+        # without waiting for what the device has to do still
+        starts, valid = (torch.as_tensor(x).to(device, non_blocking=True)[:, None]
+                         for x in (starts, valid))                              # (K, 1)
         steps = torch.arange(length, device=device)
         where = (starts + steps).clamp(max=len(self.on_device) - 1)             # (K, length)
         return torch.where(steps < valid, self.on_device[where].float() / 32768.0, 0.0)

@@ -90,6 +90,7 @@ track = ""                      # send the log to tensorboard or wandb too
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
 compile = True                  # torch.compile U-Net and tail, on a GPU; a CPU has kernels
+cuda_graph = True               # on one GPU, start the kernels of a whole pass at once
 workers = 2                     # threads that cut crops ahead; 0: none
 data_on_gpu = True              # keep the audio in GPU memory, if that has room for it twice
 # -----------------------------------------------------------------------------
@@ -153,15 +154,20 @@ def validate(net, clips, device, rank, world):
     """Mean loss over clips, of the mean over their crops; the processes divide the clips."""
     net.eval()
     total = 0.0
-    for at in range(rank * batch_size, len(clips), world * batch_size):
+
+    def read(at):
         numbers = range(at, min(at + batch_size, len(clips)))
-        crops = [clips.crops(n, val_crops) for n in numbers]        # B x (K, 61792)
+        return numbers, [clips.crops(n, val_crops) for n in numbers]        # B x (K, 61792)
+
+    starts = range(rank * batch_size, len(clips), world * batch_size)
+    for numbers, crops in prefetch(read, starts, workers):
         counts = [len(c) for c in crops]
         targets = [clips.targets[n].expand(k, -1) for n, k in zip(numbers, counts, strict=True)]
         targets = torch.cat(targets).to(device)                     # (B * K, classes)
         logits = net(torch.cat(crops).to(device))                   # (B * K, classes)
         losses = crop_losses(logits, targets, clips.multilabel)     # (B * K,)
-        total += sum(part.mean().item() for part in losses.split(counts))
+        means = [part.mean() for part in losses.split(counts)]
+        total += sum(torch.stack(means).tolist())                   # a GPU is waited for once
     return training.sum_over_ranks([total], device)[0] / len(clips)
 
 
@@ -289,12 +295,12 @@ def make_optimizer(net, phase):
     for name, part in net.train_parts().items():
         share = unet_lr if name == "unet" else 1.0
         groups.append({"params": [p for p in part.parameters() if p.requires_grad], "share": share})
-    kind = phases()[phase][0]
+    kind, fused = phases()[phase][0], next(net.parameters()).is_cuda
     if kind == "AdamW":
-        return torch.optim.AdamW(groups, weight_decay=weight_decay)
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, fused=fused)
     if kind == "SGD":
-        return torch.optim.SGD(groups)
-    return torch.optim.Adam(groups, eps=1e-7)  # Keras' epsilon
+        return torch.optim.SGD(groups, fused=fused)
+    return torch.optim.Adam(groups, eps=1e-7, fused=fused)      # Keras' epsilon
 
 
 def lr_at(step, steps, phase):
@@ -386,6 +392,14 @@ def main():
         order = train_clips.order(epoch)[:used][at * batch_size:(at + 1) * batch_size]
         return train_clips.batch(epoch, order[rank * micro:(rank + 1) * micro])
 
+    def learn(wave, target):
+        loss = crop_losses(forward(wave), target, train_clips.multilabel).mean()
+        scaler.scale(loss).backward()
+        return loss.detach()
+
+    if cuda_graph and on_gpu and world == 1:
+        learn = training.Graphed(learn, net.parameters())
+
     batches = prefetch(crops, range(first, steps), workers, pin=on_gpu)
     meter = training.Meter(run.saved.get("meter") if run.saved else None, floor)
     stop = runtime.Stop()
@@ -405,8 +419,7 @@ def main():
             training.agree(net, torch_device)
             checkpoint = {
                 "kind": "classifier", "args": net.args, "task": task, "config": config,
-                "commit": commit,
-                "classes": train_clips.classes, "epoch": epoch, "step": step,
+                "commit": commit, "classes": train_clips.classes, "epoch": epoch, "step": step,
                 "model": runtime.finite_weights(net)}
             state = {
                 **checkpoint, "phase": phase, "since_best": since_best, "best": best,
@@ -460,15 +473,13 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr * group["share"]
         wave, target = meter.next_batch(batches, torch_device)      # (B, 61792), (B, classes)
-        loss = crop_losses(forward(wave), target, train_clips.multilabel).mean()
-        scaler.scale(loss).backward()
+        meter.add(learn(wave, target))
         if grad_clip > 0:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        meter.add(loss)
 
         # reading the loss waits for the GPU, so it is done once per line
         done = step + 1

@@ -82,6 +82,11 @@ def takes(x):
             and kernel() is not None)
 
 
+def fills_up(x):
+    """Whether a convolution does better with more channels, see Conv3x3.in_eights()."""
+    return x.is_cuda and not switched_off
+
+
 def pixels_last(x):
     """The same values with the channels next to each other."""
     layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format

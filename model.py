@@ -24,7 +24,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import tf_checkpoint
-from fused import Conv3x3, NormLeaky, NormsAndConvs, Up, pool
+from fused import Conv3x3, NormLeaky, NormsAndConvs, OverlapAdd, Up, pool
 from tail import Tail, Transformer
 
 SAMPLE_RATE = 16000
@@ -77,15 +77,7 @@ def istft(spec):
     squares = F.pad(window ** 2, (0, -WIN % HOP)).view(-1, HOP)     # (4, 160)
     total = squares.sum(0).repeat(len(squares))[:WIN]               # (512,)
     frames = torch.fft.irfft(spec, WIN) * (window / total)          # (..., T, 512)
-
-    # cut the frames into hops, then add up the hops that fall on the same samples
-    frames = F.pad(frames, (0, -WIN % HOP))                         # (..., T, 640)
-    frames = frames.unflatten(-1, (-1, HOP))                        # (..., T, 4, 160)
-    n_frames, overlaps = frames.shape[-3], frames.shape[-2]
-    hops = frames.new_zeros(*frames.shape[:-3], n_frames + overlaps - 1, HOP)
-    for k, part in enumerate(frames.unbind(-2)):
-        hops[..., k:k + n_frames, :] += part
-    return hops.flatten(-2)[..., :(n_frames - 1) * HOP + WIN]       # (..., N)
+    return OverlapAdd.apply(frames, HOP)                            # (..., N)
 
 
 def mel_filters():

@@ -55,6 +55,7 @@ track = ""                      # send the log to tensorboard or wandb too
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
 compile = True                  # torch.compile the U-Net, on a GPU; a CPU has kernels
+cuda_graph = True               # on one GPU, start the kernels of a whole pass at once
 workers = 2                     # threads that mix ahead; 0: none
 data_on_gpu = True              # keep the audio in GPU memory, if that has room for it twice
 # -----------------------------------------------------------------------------
@@ -127,7 +128,8 @@ def main():
     torch.manual_seed(seed)
     net = model.Separator(sources, widths, pool, bn_momentum).to(torch_device)
     net.amp_dtype = runtime.AMP_DTYPES[dtype]
-    optimizer = torch.optim.Adam(net.parameters(), learning_rate, eps=1e-7)  # Keras' epsilon
+    optimizer = torch.optim.Adam(
+        net.parameters(), learning_rate, eps=1e-7, fused=on_gpu)    # Keras' epsilon
     scaler = torch.amp.GradScaler(torch_device.split(":")[0], enabled=dtype == "float16")
     first, best, best_step = 0, math.inf, 0
     if run.saved:
@@ -149,6 +151,14 @@ def main():
     print(f"{sum(p.numel() for p in net.parameters()):,} parameters, {len(train_mixes.segments)} "
           f"segments to train on, {len(val_set.segments)} to validate on, {torch_device} x "
           f"{world}, {dtype}")
+
+    def learn(mixture, target):  # adds to the gradients
+        loss = l1_loss(forward(mixture), target)
+        scaler.scale(loss / accumulate).backward()
+        return loss.detach()
+
+    if cuda_graph and on_gpu and world == accumulate == 1:
+        learn = training.Graphed(learn, net.parameters())
 
     def crops(number):  # micro-batch `number` of this process
         return train_mixes.batch((number * world + rank) * micro, micro)
@@ -204,9 +214,7 @@ def main():
             if world > 1:
                 # exchange gradients once per step
                 forward.require_backward_grad_sync = part == accumulate - 1
-            loss = l1_loss(forward(mixture), target)
-            scaler.scale(loss / accumulate).backward()
-            meter.add(loss)
+            meter.add(learn(mixture, target))
         if grad_clip > 0:
             scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(net.parameters(), grad_clip)

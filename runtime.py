@@ -288,6 +288,8 @@ def start(device):
             "its own")
     if device == "cpu":
         keep_freed_memory()
+    if device.startswith("cuda"):
+        torch.backends.cudnn.benchmark = True   # the same shapes come again: try which is fastest
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:

@@ -235,3 +235,34 @@ def test_no_script_loads_the_compiler_before_it_is_needed():
     scripts = "audio, eval, export, fused, hubconf, listen, model, page, report, table"
     asked = f"import sys, {scripts}; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", asked], cwd=ROOT).returncode == 0
+
+
+# -----------------------------------------------------------------------------
+# channels for GPUs, and resynthesis
+
+@pytest.mark.parametrize("c_in, c_out", [(1, 16), (17, 32), (32, 1), (5, 3), (8, 8)])
+def test_channels_of_zeros_change_nothing(c_in, c_out):
+    torch.manual_seed(1)
+    conv = fused.Conv3x3(c_in, c_out).double()
+    results = []
+    for way in (conv.in_eights, conv):
+        torch.manual_seed(2)
+        x = torch.randn(2, c_in, 6, 10, dtype=torch.float64, requires_grad=True)
+        y = way(x)
+        y.backward(torch.randn(2, c_out, 6, 10, dtype=torch.float64))
+        results.append([y, x.grad, conv.weight.grad, conv.bias.grad])
+        conv.zero_grad()
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("length, hop", [(512, 160), (12, 4), (5, 5), (3, 7)])
+def test_frames_are_added_up_as_by_a_plain_loop(length, hop):
+    torch.manual_seed(1)
+    frames = torch.randn(2, 3, 6, length, dtype=torch.float64, requires_grad=True)
+    wanted = torch.zeros(2, 3, 5 * hop + length, dtype=torch.float64)
+    for t in range(6):
+        wanted[..., t * hop:t * hop + length] += frames[:, :, t].detach()
+    torch.testing.assert_close(fused.OverlapAdd.apply(frames, hop), wanted)
+    if length < 512:
+        assert torch.autograd.gradcheck(lambda x: fused.OverlapAdd.apply(x, hop), frames)
