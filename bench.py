@@ -38,7 +38,7 @@ networks = ["separator", "separator4", "v1", "v3", "tail"]
 size = "full"           # full: the paper's channels; demo: those of config/demo_*.py
 batch_size = 0          # crops per step; 0: the paper's, 8 for separators and 16 for classifiers
 data = ""               # prepared stems or clips; empty: random sound
-steps = 7               # timed steps, after two that are not
+steps = 7               # timed steps, after some that are not
 song = 60               # seconds of the song that is separated or tagged
 profile = False         # also print the operators of a step that take most time
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
@@ -191,6 +191,8 @@ def measure(name, on):
     # what there is to do, and a step that is not timed
     flops = count * training.flops_per_crop(net, getattr(net, "crop", model.CROP), on)
     seen = convolutions_of(net, step)
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     if compile:
         parts = [net.unet] if kind == "separator" else net.train_parts().values()
         runtime.compile_parts(parts, on)
@@ -236,6 +238,7 @@ def main():
     for name in networks:
         runtime.choose("networks", name, ["separator", "separator4", *model.VARIANTS])
     on, *_ = runtime.start(device)
+    torch.backends.cudnn.benchmark = True       # as in training
 
     # one network after the other, each in a process of its own, or memory would be that of all
     if MEASURES in os.environ:

@@ -302,8 +302,10 @@ class Clips:
 
         A clip that is shorter than one crop ends in silence.
         """
-        wave = self.clip(number)[0]
-        wave = F.pad(wave, (0, max(0, self.crop - len(wave))))
+        item = self.items[number]
+        length = min(item["length"], most * self.crop)
+        wave = torch.from_numpy(self.data.read(item, length=length))            # (length,)
+        wave = F.pad(wave, (0, max(0, self.crop - length)))
         return wave.unfold(0, self.crop, self.crop)[:most]                      # (K, 61792)
 
     def order(self, epoch):

@@ -90,7 +90,7 @@ track = ""                      # send the log to tensorboard or wandb too
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
 compile = True                  # torch.compile U-Net and tail, on a GPU; a CPU has kernels
-cuda_graph = True               # on one GPU, start the kernels of a whole pass at once
+cuda_graph = True               # on one GPU: start a pass's kernels at once
 workers = 2                     # threads that cut crops ahead; 0: none
 data_on_gpu = True              # keep the audio in GPU memory, if that has room for it twice
 # -----------------------------------------------------------------------------
@@ -152,19 +152,19 @@ def crop_losses(logits, targets, multilabel):
 @torch.compiler.set_stance("force_eager")
 def validate(net, clips, device, rank, world):
     """Mean loss over clips, of the mean over their crops; the processes divide the clips."""
-    net.eval()
-    total = 0.0
-
     def read(at):
         numbers = range(at, min(at + batch_size, len(clips)))
         return numbers, [clips.crops(n, val_crops) for n in numbers]        # B x (K, 61792)
 
+    net.eval()
+    total = 0.0
     starts = range(rank * batch_size, len(clips), world * batch_size)
     for numbers, crops in prefetch(read, starts, workers):
         counts = [len(c) for c in crops]
         targets = [clips.targets[n].expand(k, -1) for n, k in zip(numbers, counts, strict=True)]
         targets = torch.cat(targets).to(device)                     # (B * K, classes)
-        logits = net(torch.cat(crops).to(device))                   # (B * K, classes)
+        parts = torch.cat(crops).split(batch_size)                  # as much memory as training
+        logits = torch.cat([net(part.to(device)) for part in parts])        # (B * K, classes)
         losses = crop_losses(logits, targets, clips.multilabel)     # (B * K,)
         means = [part.mean() for part in losses.split(counts)]
         total += sum(torch.stack(means).tolist())                   # a GPU is waited for once
@@ -319,8 +319,7 @@ def clips_per_epoch(n_clips):
     if chunk == 0:
         return n_clips
     if n_clips <= chunk:
-        print(f"{n_clips} training clips are no more than a chunk of {chunk}: an epoch is all of "
-              "them")
+        print(f"{n_clips} training clips are no more than a chunk of {chunk}: an epoch is all")
         return n_clips
     return (n_clips - 1) // chunk * chunk
 
@@ -329,6 +328,7 @@ def main():
     config, names = runtime.configure(globals())
     torch_device, rank, world = runtime.start(device)
     on_gpu = torch_device.startswith("cuda")
+    torch.backends.cudnn.benchmark = True       # of no use for shapes that change
     print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
     check_settings(config, world)
     run = training.Run(out or f"ckpt/{'_'.join(names) or 'mtat'}.pt", resume, overwrite, rank)
@@ -371,7 +371,7 @@ def main():
         measure_scale(net, train_clips, torch_device)
     optimizer = make_optimizer(net, phase)
     if run.saved:
-        optimizer.load_state_dict(run.saved["optimizer"])
+        training.resume_optimizer(optimizer, run.saved["optimizer"])
     floor = training.floor_per_crop(net, net.crop, torch_device) / world
     if compile and torch_device != "cpu":
         runtime.compile_parts(parts.values(), torch_device)

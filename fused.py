@@ -333,7 +333,8 @@ class Conv3x3(nn.Conv2d):
         more_in, more_out = -self.in_channels % 8, -self.out_channels % 8
         if not more_in and not more_out:
             return super().forward(x)
-        x = F.pad(x, (0, 0, 0, 0, 0, more_in))                      # (B, 8n, T, F)
+        if more_in:     # else it would be copied
+            x = F.pad(x, (0, 0, 0, 0, 0, more_in))                  # (B, 8n, T, F)
         weight = F.pad(self.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
         bias = F.pad(self.bias, (0, more_out))
         y = F.conv2d(pixels_last(x), pixels_last(weight), bias, padding=1)

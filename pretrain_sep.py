@@ -55,7 +55,7 @@ track = ""                      # send the log to tensorboard or wandb too
 device = ""                     # cpu, cuda, cuda:1, mps; empty: cuda if there is one
 dtype = "float32"               # float32, bfloat16, float16: of the convolutions only
 compile = True                  # torch.compile the U-Net, on a GPU; a CPU has kernels
-cuda_graph = True               # on one GPU, start the kernels of a whole pass at once
+cuda_graph = True               # on one GPU, if accumulate is 1: start a pass's kernels at once
 workers = 2                     # threads that mix ahead; 0: none
 data_on_gpu = True              # keep the audio in GPU memory, if that has room for it twice
 # -----------------------------------------------------------------------------
@@ -113,6 +113,7 @@ def main():
     config, names = runtime.configure(globals())
     torch_device, rank, world = runtime.start(device)
     on_gpu = torch_device.startswith("cuda")
+    torch.backends.cudnn.benchmark = True       # of no use for shapes that change
     print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
     check_settings(config, world)
     run = training.Run(out or f"ckpt/{'_'.join(names or sources)}.pt", resume, overwrite, rank)
@@ -137,7 +138,7 @@ def main():
         first, best = run.saved["step"], run.saved["best"]
         best_step = run.saved.get("best_step", "?")         # older runs did not note it
         net.load_state_dict(run.saved["model"])
-        optimizer.load_state_dict(run.saved["optimizer"])
+        training.resume_optimizer(optimizer, run.saved["optimizer"])
         scaler.load_state_dict(run.saved["scaler"])
     floor = training.floor_per_crop(net, model.CROP, torch_device) / world
     if compile and torch_device != "cpu":

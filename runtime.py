@@ -288,15 +288,13 @@ def start(device):
             "its own")
     if device == "cpu":
         keep_freed_memory()
-    if device.startswith("cuda"):
-        torch.backends.cudnn.benchmark = True   # the same shapes come again: try which is fastest
     try:
-        torch.empty(1, device=device)
+        place = torch.empty(1, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         die(f"device={device} does not work here: {str(e).splitlines()[0]}")
+    if place.type == "cuda":
+        torch.cuda.set_device(place)        # graphs are recorded on the device that is set
     if world > 1:
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank > 0:        # what all have to say is said once; errors are not held back
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")

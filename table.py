@@ -56,7 +56,7 @@ seed = 1                # of the resamples
 HERE = os.path.dirname(os.path.abspath(__file__))
 # settings that do not change what comes out; of data and .pt files the hash is compared instead
 FREE = ("out", "resume", "overwrite", "data", "device", "compile", "log_every", "workers",
-        "data_on_gpu", "report", "track")
+        "data_on_gpu", "cuda_graph", "report", "track")
 HASHED = ("init", "tail")
 
 

@@ -62,6 +62,13 @@ def stop_at(step):
     die(f"stopped at step {step}; --resume=True goes on from there")
 
 
+def resume_optimizer(optimizer, saved):
+    """Gives an optimiser its saved state; fused or not is a matter of the device it runs on."""
+    for group in saved["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]
+    optimizer.load_state_dict(saved)
+
+
 # -----------------------------------------------------------------------------
 # speed
 

@@ -160,12 +160,23 @@ GPU = ["--device=cuda", "--data_on_gpu=True"]
 
 
 def test_pre_training_on_a_gpu_and_on_a_cpu_go_on_from_each_other(demo, tmp_path):
-    own = [f"--data={demo}/demo_songs", *SEP, "--val_every=4"]
-    run("pretrain_sep.py", *own, *GPU, "--steps=8", f"--out={tmp_path}/a.pt")
-    run("pretrain_sep.py", *own, "--steps=12", "--resume=True", f"--out={tmp_path}/a.pt")
-    run("pretrain_sep.py", *own, *GPU, "--steps=20", "--resume=True", f"--out={tmp_path}/a.pt")
+    own = [f"--data={demo}/demo_songs", *SEP, "--val_every=4", f"--out={tmp_path}/a.pt"]
+    run("pretrain_sep.py", *own, "--steps=4")
+    run("pretrain_sep.py", *own, *GPU, "--steps=12", "--resume=True")
+    run("pretrain_sep.py", *own, "--steps=16", "--resume=True")
+    run("pretrain_sep.py", *own, *GPU, "--steps=20", "--resume=True")
     validated = [e["step"] for e in log_of(tmp_path / "a.pt") if "val_loss" in e]
     assert validated == [0, 4, 8, 12, 16, 20]
+
+
+def test_a_run_in_float16_of_an_older_version_goes_on(demo, tmp_path):
+    own = [f"--data={demo}/demo_songs", *SEP, *GPU, "--dtype=float16", f"--out={tmp_path}/a.pt"]
+    run("pretrain_sep.py", *own, "--steps=4")
+    saved = torch.load(tmp_path / "a.resume", weights_only=True)
+    for group in saved["optimizer"]["param_groups"]:
+        group["fused"] = None                       # before Adam was fused
+    torch.save(saved, tmp_path / "a.resume")
+    run("pretrain_sep.py", *own, "--steps=8", "--resume=True")
 
 
 def test_what_changes_how_a_gpu_is_used_changes_little(demo, tmp_path):
@@ -178,15 +189,19 @@ def test_what_changes_how_a_gpu_is_used_changes_little(demo, tmp_path):
         losses.append([e["loss"] for e in log_of(tmp_path / f"{number}.pt") if "loss" in e])
         print(more, losses[-1])
     for found in losses[1:]:
-        assert found == pytest.approx(losses[0], rel=0.2)
+        assert found == pytest.approx(losses[0], rel=0.02)
 
 
 def test_fine_tuning_changes_its_optimiser_on_a_gpu(demo, tmp_path):
-    said = run("finetune_cls.py", f"--data={demo}/demo_clips", *CLS, *GPU, "--epochs=6",
-               "--patience=0", "--chunk=16", "--learning_rate=0.1", f"--out={tmp_path}/a.pt")
-    assert "phase 1: SGD" in said
-    losses = [e["loss"] for e in log_of(tmp_path / "a.pt") if "loss" in e]
-    assert all(loss == loss for loss in losses) and len(set(losses)) > 4
+    weights = []
+    ways = {"a": ["--epochs=8"], "b": ["--epochs=8", "--cuda_graph=False"], "adam": ["--epochs=5"]}
+    for name, more in ways.items():
+        run("finetune_cls.py", f"--data={demo}/demo_clips", *CLS, *GPU, "--recipe=ast", *more,
+            "--halvings=0", "--sgd_rates=1", f"--out={tmp_path}/{name}.pt")
+        saved = torch.load(tmp_path / f"{name}.resume", weights_only=True)
+        weights.append(saved["model"]["tail.out.weight"])
+    assert distance(weights[2], weights[1]) > 0.1   # what SGD has done
+    assert distance(weights[0], weights[1]) < 0.02
 
 
 @pytest.mark.parametrize("more", [

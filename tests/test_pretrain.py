@@ -24,6 +24,8 @@ from conftest import (
     weights_of,
 )
 
+import training
+
 
 def pretrain(demo, out, *args, **options):
     return run("pretrain_sep.py", "config/vocals.py", *SEP, f"--data={demo}/demo_songs",
@@ -36,6 +38,22 @@ def resume_of(path):
 
 # -----------------------------------------------------------------------------
 # the same bits
+
+@pytest.mark.parametrize("before", [None, False, True])
+@pytest.mark.parametrize("now", [False, True])
+def test_whether_an_optimiser_is_fused_is_not_resumed(before, now):
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    old = torch.optim.Adam([weight], 0.1, fused=before)
+    old.step()
+    new = torch.optim.Adam([weight], 0.1, fused=now)
+    training.resume_optimizer(new, old.state_dict())
+    assert new.param_groups[0]["fused"] is now
+    new.step()
+    # two steps of the same gradient have the size of the learning rate
+    assert weight.detach() == pytest.approx(torch.full((3,), 0.8), abs=1e-6)
+
+
 
 def test_threads_change_nothing_and_a_run_is_not_written_over(demo, separator, tmp_path):
     pretrain(demo, tmp_path / "a.pt", "--steps=4", "--workers=0")
