@@ -72,12 +72,22 @@ void sum(const Rows& rows, Add add, std::vector<double>& first, std::vector<doub
     }
 }
 
-template <class Work>
-void each_row(const Rows& rows, Work work) {
-    #pragma omp parallel for schedule(static)
-    for (long part = 0; part < rows.parts; part++)
-        for (long row = part * rows.per_part; row < rows.end(part); row++)
-            work(row * rows.period, rows.length(row));
+// Fills y with the rows that work(place of the first value, length, to) makes.
+template <class T, class Work>
+void each_row(const Rows& rows, T* y, bool far, Work work) {
+    #pragma omp parallel
+    {
+        std::vector<T> made(rows.period);
+        #pragma omp for schedule(static)
+        for (long part = 0; part < rows.parts; part++) {
+            for (long row = part * rows.per_part; row < rows.end(part); row++) {
+                long at = row * rows.period, length = rows.length(row);
+                work(at, length, far ? made.data() : y + at);
+                if (far) copy_far(made.data(), y + at, length * sizeof(T));
+            }
+        }
+        wait_for_far();
+    }
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -172,8 +182,8 @@ void apply(const T* x, T* y, long n, long channels, const float* weight, const f
     line_of(channels, weight, bias, mean, var, eps, scale, shift);
     scale = rows.spread(scale);
     shift = rows.spread(shift);
-    each_row(rows, [&](long at, long length) {
-        apply_row(x + at, y + at, length, scale.data(), shift.data(), slope);
+    each_row(rows, y, n * long(sizeof(T)) >= FAR, [&](long at, long length, T* to) {
+        apply_row(x + at, to, length, scale.data(), shift.data(), slope);
     });
 }
 
@@ -208,9 +218,9 @@ void backward(const T* dy, const T* x, T* dx, long n, long channels, const float
     }
     if (!dx) return;
     std::vector<float> c = rows.spread(along), d = rows.spread(still);
-    each_row(rows, [&](long at, long length) {
-        backward_row(dy + at, x + at, dx + at, length, a.data(), b.data(), c.data(), d.data(),
-                     slope);
+    bool far = dx != dy && n * long(sizeof(T)) >= FAR;
+    each_row(rows, dx, far, [&](long at, long length, T* to) {
+        backward_row(dy + at, x + at, to, length, a.data(), b.data(), c.data(), d.data(), slope);
     });
 }
 

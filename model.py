@@ -199,7 +199,7 @@ class Separator(nn.Module):
 
     def apply_masks(self, spec, masks):
         """(B, T, 257), (B, S, T, 256) -> waves (B, S, N); the Nyquist bin is not masked."""
-        masks = F.pad(masks, (0, 1), value=1.0)                     # (B, S, T, 257)
+        masks = F.pad(masks.contiguous(), (0, 1), value=1.0)        # (B, S, T, 257)
         return istft(spec[:, None] * masks)
 
     def forward(self, wave):

@@ -213,7 +213,7 @@ void pool(const T* x, T* y, uint8_t* from, long lines, long tall, long pixels, l
 template <class T>
 void unpool(const T* dy, const uint8_t* from, T* dx, long lines, long tall, long pixels, long wide,
             long channels) {
-    float mean = 1 / float(tall * wide);
+    const float share = from ? 1 : 1 / float(tall * wide);
     #pragma omp parallel for schedule(static)
     for (long line = 0; line < lines; line++) {
         for (long pixel = 0; pixel < pixels; pixel++) {
@@ -221,15 +221,16 @@ void unpool(const T* dy, const uint8_t* from, T* dx, long lines, long tall, long
             long at = (line * pixels + pixel) * channels;
             in_vectors(channels, [&](auto size, long c) {
                 constexpr long W = size;
+                float g[W], which[W] = {};
+                for (long i = 0; i < W; i++) g[i] = load(dy[at + c + i]) * share;
+                if (from)
+                    for (long i = 0; i < W; i++) which[i] = from[at + c + i];
                 for (long t = 0; t < tall; t++) {
                     for (long f = 0; f < wide; f++) {
                         T* out = corner + (t * pixels * wide + f) * channels + c;
-                        float k = t * wide + f;
-                        for (long i = 0; i < W; i++) {
-                            float g = load(dy[at + c + i]);
-                            float chosen = from && from[at + c + i] == k ? g : 0;
-                            store(out + i, from ? chosen : g * mean);
-                        }
+                        float k = from ? t * wide + f : 0;
+                        #pragma omp simd
+                        for (long i = 0; i < W; i++) store(out + i, which[i] == k ? g[i] : 0);
                     }
                 }
             });

@@ -13,6 +13,8 @@
 #include <algorithm>
 #include <vector>
 
+#include "fused.h"
+
 namespace {
 
 // -------------------------------------------------------------------------------------------------
@@ -30,6 +32,18 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 
 inline vec get(const float* at) { return *(const vec*)at; }
 inline void put(float* at, vec values) { *(vec*)at = values; }
+
+// the same past the caches, see fused.h, to a place that is a multiple of a vector
+inline void put_far(float* at, vec values) {
+#if defined(__AVX512F__)
+    _mm512_stream_ps(at, (__m512)values);
+#elif defined(__AVX__)
+    _mm256_stream_ps(at, (__m256)values);
+#else
+    put(at, values);
+#endif
+}
+
 inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 inline long blocks_of(long channels) { return (channels + LANES - 1) / LANES; }
 
@@ -239,7 +253,7 @@ void transform_gradient(Lines& lines, long row, long count, Places& tiles, long 
 
 // A' products A, and the bias: two lines of the result, y (2, width, channels)
 void transform_output(Places& tiles, long at, const Buffer& bias, float* y, long width,
-                      long channels) {
+                      long channels, bool far) {
     const long apart = tiles.apart, block = tiles.block;
     for (long tile = 0; tile < width / 2; tile++) {
         const float* from = tiles.at(0, at + tile);
@@ -255,7 +269,10 @@ void transform_output(Places& tiles, long at, const Buffer& bias, float* y, long
                 vec left = t[i][0] + t[i][1] + t[i][2] + get(bias.at(c));
                 vec right = t[i][1] - t[i][2] - t[i][3] + get(bias.at(c));
                 float* to = y + (i * width + 2 * tile) * channels + c;
-                if (c + LANES <= channels) {
+                if (far) {
+                    put_far(to, left);
+                    put_far(to + channels, right);
+                } else if (c + LANES <= channels) {
                     put(to, left);
                     put(to + channels, right);
                 } else for (long k = 0; c + k < channels; k++) {
@@ -334,6 +351,8 @@ void convolve(const Images& images, const float* weight, const float* bias, floa
     std::copy_n(bias, c_out, wide_bias.at(0));
     long rows = std::max(1L, CACHE / (wide_in + wide_out) / tiles);     // of tiles, at a time
     long most = round_up(rows * tiles, BLOCK);
+    bool is_aligned = c_out % LANES == 0 && uintptr_t(y) % sizeof(vec) == 0;
+    bool far = is_aligned && images.rows() * tiles * 16 * c_out >= FAR;
     #pragma omp parallel
     {
         Lines lines(images);
@@ -349,8 +368,9 @@ void convolve(const Images& images, const float* weight, const float* bias, floa
                                  false);
             for (long row = first; row < end; row++)
                 transform_output(products, (row - first) * tiles, wide_bias,
-                                 y + row * 2 * images.width * c_out, images.width, c_out);
+                                 y + row * 2 * images.width * c_out, images.width, c_out, far);
         }
+        wait_for_far();
     }
 }
 

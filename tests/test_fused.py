@@ -47,7 +47,8 @@ def in_float64(shape, slope, x, gradient):
 @pytest.mark.parametrize("slope", [0.01, 0.0])
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
 @pytest.mark.parametrize("shape", [(2, 1, 64, 32), (3, 3, 7, 5), (2, 8, 48, 32), (1, 17, 33, 9),
-                                   (2, 64, 12, 8), (4, 200, 3, 1), (2, 5, 1, 1)])
+                                   (2, 64, 12, 8), (4, 200, 3, 1), (2, 5, 1, 1),
+                                   (3, 17, 257, 161)])      # the last is written past the caches
 def test_kernel_equals_float64(shape, dtype, most, slope):
     norm, x = module_and_input(shape, slope, dtype)
     gradient = torch.randn(shape).to(dtype).to(memory_format=torch.channels_last)

@@ -92,6 +92,12 @@ def test_with_a_norm_it_equals_float64(c_in, c_out, size, slope):
         assert max(errors([both(x)], [wanted(x.double())])) < 2e-6
 
 
+@pytest.mark.parametrize("c_in, c_out", [(16, 32), (17, 16)])
+def test_large_results_which_are_written_past_the_caches(c_in, c_out):
+    test_a_convolution_equals_float64(c_in, c_out, (192, 160))
+    test_with_a_norm_it_equals_float64(c_in, c_out, (192, 160), 0.01)
+
+
 def test_the_norm_is_not_run_on_its_own_where_both_are_one():
     conv, x, _ = made(16, 16, (34, 26))
     both, ran = fused.NormsAndConvs(fused.NormLeaky(16, 0.01, 0.1), conv), []
