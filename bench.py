@@ -102,16 +102,16 @@ def untimed(on):
     return 4 if on.startswith("cuda") else 2
 
 
-def median_seconds(work, on, count, untimed):
-    """The median time that work() takes, in seconds."""
+def median_seconds(work, on, count, before):
+    """The median time that work() takes, in seconds, after `before` calls that do not count."""
     took = []
-    for _ in range(untimed + count):
+    for _ in range(before + count):
         wait_for(on)
         began = time.perf_counter()
         work()
         wait_for(on)
         took.append(time.perf_counter() - began)
-    return statistics.median(took[untimed:])
+    return statistics.median(took[before:])
 
 
 def convolutions_of(net, step):

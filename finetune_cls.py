@@ -328,7 +328,7 @@ def main():
     config, names = runtime.configure(globals())
     torch_device, rank, world = runtime.start(device)
     on_gpu = torch_device.startswith("cuda")
-    torch.backends.cudnn.benchmark = True       # of no use for shapes that change
+    torch.backends.cudnn.benchmark = True       # shapes stay: try which kernel is fastest
     print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
     check_settings(config, world)
     run = training.Run(out or f"ckpt/{'_'.join(names) or 'mtat'}.pt", resume, overwrite, rank)
@@ -392,7 +392,7 @@ def main():
         order = train_clips.order(epoch)[:used][at * batch_size:(at + 1) * batch_size]
         return train_clips.batch(epoch, order[rank * micro:(rank + 1) * micro])
 
-    def learn(wave, target):
+    def learn(wave, target):  # a pass from waves to gradients
         loss = crop_losses(forward(wave), target, train_clips.multilabel).mean()
         scaler.scale(loss).backward()
         return loss.detach()

@@ -199,6 +199,7 @@ class Separator(nn.Module):
 
     def apply_masks(self, spec, masks):
         """(B, T, 257), (B, S, T, 256) -> waves (B, S, N); the Nyquist bin is not masked."""
+        # in the order of the FFT now, while they are no complex numbers yet
         masks = F.pad(masks.contiguous(), (0, 1), value=1.0)        # (B, S, T, 257)
         return istft(spec[:, None] * masks)
 

@@ -113,7 +113,7 @@ def main():
     config, names = runtime.configure(globals())
     torch_device, rank, world = runtime.start(device)
     on_gpu = torch_device.startswith("cuda")
-    torch.backends.cudnn.benchmark = True       # of no use for shapes that change
+    torch.backends.cudnn.benchmark = True       # shapes stay: try which kernel is fastest
     print("\n".join(f"{k} = {v!r}" for k, v in config.items()))
     check_settings(config, world)
     run = training.Run(out or f"ckpt/{'_'.join(names or sources)}.pt", resume, overwrite, rank)
@@ -153,7 +153,8 @@ def main():
           f"segments to train on, {len(val_set.segments)} to validate on, {torch_device} x "
           f"{world}, {dtype}")
 
-    def learn(mixture, target):  # adds to the gradients
+    # a pass from waves to gradients; what comes after it, such as clipping, is never recorded
+    def learn(mixture, target):
         loss = l1_loss(forward(mixture), target)
         scaler.scale(loss / accumulate).backward()
         return loss.detach()

@@ -221,6 +221,7 @@ void unpool(const T* dy, const uint8_t* from, T* dx, long lines, long tall, long
             long at = (line * pixels + pixel) * channels;
             in_vectors(channels, [&](auto size, long c) {
                 constexpr long W = size;
+                // a mean is shared by all places: then each compares 0 with 0
                 float g[W], which[W] = {};
                 for (long i = 0; i < W; i++) g[i] = load(dy[at + c + i]) * share;
                 if (from)

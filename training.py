@@ -62,13 +62,6 @@ def stop_at(step):
     die(f"stopped at step {step}; --resume=True goes on from there")
 
 
-def resume_optimizer(optimizer, saved):
-    """Gives an optimiser its saved state; fused or not is a matter of the device it runs on."""
-    for group in saved["param_groups"]:
-        group["fused"] = optimizer.defaults["fused"]
-    optimizer.load_state_dict(saved)
-
-
 # -----------------------------------------------------------------------------
 # speed
 
@@ -312,6 +305,13 @@ class Run:
             page.run_page(self.log_path)
         except Exception as e:          # drawing has many ways to fail; none is worth a run
             print(f"note: no page for {self.log_path}: {type(e).__name__}: {e}")
+
+
+def resume_optimizer(optimizer, saved):
+    """Gives an optimiser its saved state; fused or not is a matter of the device it runs on."""
+    for group in saved["param_groups"]:
+        group["fused"] = optimizer.defaults["fused"]
+    optimizer.load_state_dict(saved)
 
 
 def tracker(name, out, config, step):
