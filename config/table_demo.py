@@ -4,10 +4,10 @@
 #     python table.py config/table_demo.py
 separators = {"separator": "config/demo_sep.py"}
 tasks = {"tags": "config/demo_tags.py"}
-rows = {
-    "tail": "config/tail.py",
-    "scratch": "config/scratch.py",
+rows = {                    # short runs last: then both cores end together
     "pretrained": "--init={separator} --unet_lr=0.1",
+    "scratch": "config/scratch.py",
+    "tail": "config/tail.py",
 }
 seeds = [1, 2, 3]
 jobs = 2    # of one thread each on two cores
