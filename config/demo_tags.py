@@ -8,6 +8,6 @@ tail_widths = [16, 16, 32, 32, 32, 32, 64]
 bn_momentum = 0.1
 recipe = "modern"
 learning_rate = 2e-3  # a U-Net that is trained already wants less: --unet_lr=0.1 with --init
-batch_size = 4
+batch_size = 8
 chunk = 0             # all clips in every epoch
-epochs = 5            # x 24 batches of 4
+epochs = 8            # x 12 batches of 8

@@ -13,7 +13,7 @@ _songs = ("config/demo_sep.py --data=data/songs --widths=4,8,16,32,32,32 "
           "--dtype=bfloat16")
 _clips = ("--sources=vocals --pool=max --widths=4,8,16,32,32,32 "
           "--tail_widths=16,32,64,64,64,64,128 --dropout=0.2 "
-          "--batch_size=8 --epochs=16 --learning_rate=4e-3 --val_crops=1 --dtype=bfloat16")
+          "--epochs=16 --learning_rate=4e-3 --val_crops=1 --dtype=bfloat16")
 separators = {
     "vocals": f"{_songs} --sources=vocals --pool=max",
     "drums": f"{_songs} --sources=drums --pool=max",
