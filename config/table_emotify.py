@@ -9,8 +9,7 @@
 
 # the U-Net is narrow where spectrograms are large; the tail has half the paper's widths
 _songs = ("config/demo_sep.py --data=data/songs --widths=4,8,16,32,32,32 "
-          "--batch_size=8 --steps=600 --lr_decay_every=60 --val_every=125 "
-          "--dtype=bfloat16")
+          "--steps=600 --lr_decay_every=60 --dtype=bfloat16")
 _clips = ("--sources=vocals --pool=max --widths=4,8,16,32,32,32 "
           "--tail_widths=16,32,64,64,64,64,128 --dropout=0.2 "
           "--epochs=16 --learning_rate=4e-3 --val_crops=1 --dtype=bfloat16")
