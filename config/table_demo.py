@@ -4,7 +4,7 @@
 #     python table.py config/table_demo.py
 separators = {"separator": "config/demo_sep.py"}
 tasks = {"tags": "config/demo_tags.py"}
-rows = {                    # short runs last: then both cores end together
+rows = {    # a short run comes last, so that no core idles for long
     "pretrained": "--init={separator} --unet_lr=0.1",
     "scratch": "config/scratch.py",
     "tail": "config/tail.py",
