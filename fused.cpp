@@ -187,11 +187,13 @@ void apply(const T* x, T* y, long n, long channels, const float* weight, const f
     });
 }
 
-// dx may be null: then only the gradients of weight and bias are asked for
+// dx may be null: then only the gradients of weight and bias are asked for. So may `given` be; else
+// it holds the sums over pixels of the gradient of the line and, (channels) further, of its product
+// with the distance from the mean.
 template <class T>
 void backward(const T* dy, const T* x, T* dx, long n, long channels, const float* weight,
               const float* bias, const float* mean, const float* var, float eps, float slope,
-              float* dweight, float* dbias) {
+              const double* given, float* dweight, float* dbias) {
     Rows rows(n, channels);
     std::vector<float> scale, shift;
     line_of(channels, weight, bias, mean, var, eps, scale, shift);
@@ -203,7 +205,12 @@ void backward(const T* dy, const T* x, T* dx, long n, long channels, const float
                       second);
     };
     std::vector<double> sums, products;
-    sum(rows, add, sums, products);
+    if (given) {
+        sums.assign(given, given + channels);
+        products.assign(given + channels, given + 2 * channels);
+    } else {
+        sum(rows, add, sums, products);
+    }
 
     // the gradient of normalising is again a line: dx = scale g + along x + still
     std::vector<float> along(channels), still(channels);
@@ -243,11 +250,11 @@ void norm_apply(int half, const void* x, void* y, long n, long channels, const f
 
 void norm_backward(int half, const void* dy, const void* x, void* dx, long n, long channels,
                    const float* weight, const float* bias, const float* mean, const float* var,
-                   float eps, float slope, float* dweight, float* dbias) {
+                   float eps, float slope, const double* given, float* dweight, float* dbias) {
     if (half) backward((const bfloat16*)dy, (const bfloat16*)x, (bfloat16*)dx, n, channels, weight,
-                       bias, mean, var, eps, slope, dweight, dbias);
+                       bias, mean, var, eps, slope, given, dweight, dbias);
     else backward((const float*)dy, (const float*)x, (float*)dx, n, channels, weight, bias, mean,
-                  var, eps, slope, dweight, dbias);
+                  var, eps, slope, given, dweight, dbias);
 }
 
 }

@@ -33,14 +33,17 @@ def apply(x, weight, bias, mean, var, eps, slope):
     return y
 
 
-def norm_backward(dy, x, dx, weight, bias, mean, var, eps, slope):
-    """Gradients of weight and bias; that of x goes to dx, if that is not None. It may be dy."""
+def norm_backward(dy, x, dx, weight, bias, mean, var, eps, slope, sums=None):
+    """Gradients of weight and bias; that of x goes to dx, if that is not None. It may be dy.
+
+    `sums` are those that narrow.cpp has made already.
+    """
     is_half, n, channels = sizes(x)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
     numbers = map(ctypes.c_float, (eps, slope))
     kernel().norm_backward(is_half, *map(address, (dy, x, dx)), n, channels,
-                           *map(address, (weight, bias, mean, var)), *numbers, address(dweight),
-                           address(dbias))
+                           *map(address, (weight, bias, mean, var)), *numbers,
+                           *map(address, (sums, dweight, dbias)))
     return dweight, dbias
 
 
@@ -126,14 +129,14 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
             return not self.synced
         return not torch.is_grad_enabled()
 
-    def convolve(self, x, conv):
-        """conv(self(x)) by winograd.cpp."""
+    def convolve(self, x, conv, kind):
+        """conv(self(x)) by a kernel, narrow.cpp or winograd.cpp."""
         x = pixels_last(x)
         if not self.training:
             line = norm_line(self.weight, self.bias, self.running_mean, self.running_var, self.eps)
-            return convolve(x, conv.weight, conv.bias, line, self.slope)
-        y, mean, var = WinogradFunction.apply(x, conv.weight, conv.bias, self.weight, self.bias,
-                                              self.eps, self.slope)
+            return convolve(kind, x, conv.weight, conv.bias, line, self.slope)
+        y, mean, var = ConvFunction.apply(kind, x, conv.weight, conv.bias, self.weight, self.bias,
+                                          self.eps, self.slope)
         self.take_statistics(mean, var, x.numel() // x.shape[1])
         return y
 
@@ -172,110 +175,66 @@ def synchronise(net):
 # -----------------------------------------------------------------------------
 # convolutions
 
-def run_thin(name, wide, few, *tensors):
-    """Calls a kernel of thin.cpp; `wide` is the image (B, C, T, F) with many channels."""
-    images, many, height, width = wide.shape
-    getattr(kernel(), name)(half(wide), *map(address, tensors),
-                            *longs(images, height, width, few, many))
-
-
-def spread(x, weight, bias, dtype):
-    """(B, S, T, F), S small, by a kernel (S, C, 3, 3) -> (B, C, T, F)."""
-    y = torch.empty((len(x), len(bias), *x.shape[2:]), dtype=dtype,
-                    memory_format=torch.channels_last)
-    weight = weight.permute(0, 2, 3, 1).contiguous()                # (S, 3, 3, C)
-    run_thin("thin_spread", y, x.shape[1], x, weight, bias, y)
-    return y
-
-
-def gather(x, weight, bias):
-    """(B, C, T, F) by a kernel (S, C, 3, 3), S small -> (B, S, T, F), float32."""
-    y = torch.empty((len(x), len(bias), *x.shape[2:]), memory_format=torch.channels_last)
-    weight = weight.permute(0, 2, 3, 1).contiguous()                # (S, 3, 3, C)
-    run_thin("thin_gather", x, len(bias), x, weight, bias, y)
-    return y
-
-
-def correlate(x, y):
-    """(B, S, T, F) and (B, C, T, F) -> sums of products (S, C, 3, 3), and of y: (C,)."""
-    sums = torch.empty(x.shape[1], 10, y.shape[1])
-    run_thin("thin_correlate", y, x.shape[1], x, y, sums)
-    return sums[:, :9].transpose(1, 2).unflatten(-1, (3, 3)), sums[0, 9]
-
-
-class FromFew(torch.autograd.Function):
-    """The convolution by (C, S, 3, 3) of S channels, one or two: (B, S, T, F) -> (B, C, T, F)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, dtype):
-        ctx.save_for_backward(x, weight)
-        return spread(x, weight.transpose(0, 1), bias, dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx, dy = None, pixels_last(dy)
-        if ctx.needs_input_grad[0]:         # a tail alone starts from the spectrogram
-            dx = gather(dy, weight.transpose(0, 1).flip(2, 3), torch.zeros(x.shape[1]))
-        dweight, dbias = correlate(x, dy)
-        return dx, dweight.transpose(0, 1), dbias, None
-
-
-class ToFew(torch.autograd.Function):
-    """The convolution by (S, C, 3, 3) to S channels, one or two: (B, C, T, F) -> (B, S, T, F)."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return gather(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dy = pixels_last(dy)
-        dx = spread(dy, weight.flip(2, 3), torch.zeros(x.shape[1]), x.dtype)
-        dweight, _ = correlate(dy, x)
-        return dx, dweight.flip(2, 3), dy.sum((0, 2, 3), dtype=torch.float64).float()
-
-
-class WinogradFunction(torch.autograd.Function):
+class ConvFunction(torch.autograd.Function):
     """A convolution by (C', C, 3, 3): (B, C, T, F) -> (y (B, C', T, F), mean, biased variance).
 
-    Given the weight and bias of a BatchNorm, it is that of leaky_relu(norm(x)), with the statistics
-    of this batch. What is normalised is never in memory: it is computed again for the gradient.
+    `kind` names the kernel: narrow or winograd. Given the weight and bias of a BatchNorm, it is
+    that of leaky_relu(norm(x)), with the statistics of this batch. What is normalised is never in
+    memory: it is computed again for the gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, norm_weight, norm_bias, eps, slope):
+    def forward(ctx, kind, x, weight, bias, norm_weight, norm_bias, eps, slope):
         mean = var = None
         if norm_weight is not None:
             mean, var = measure(x)
             ctx.mark_non_differentiable(mean, var)
         norm = norm_weight, norm_bias, mean, var
         ctx.save_for_backward(x, weight, *norm)
-        ctx.numbers = eps, slope
-        return convolve(x, weight, bias, norm_line(*norm, eps), slope), mean, var
+        ctx.kind, ctx.numbers = kind, (eps, slope)
+        return convolve(kind, x, weight, bias, norm_line(*norm, eps), slope), mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
         x, weight, *norm = ctx.saved_tensors
-        eps, slope = ctx.numbers
-        c_out, c_in = weight.shape[:2]
-        dy = pixels_last(dy)
-        dweight, dbias = torch.empty(3, 3, c_in, c_out), torch.empty(c_out)
-        run_winograd("winograd_weight", x, c_out, x, *norm_line(*norm, eps), slope, dy, dweight,
-                     dbias)
-        # the gradient of the input is a convolution too, by the kernel turned around
-        dx, dnorm = None, (None, None)
-        if any(ctx.needs_input_grad[k] for k in (0, 3, 4)):         # x, and the norm's weights
-            turned = weight.flip(2, 3).transpose(0, 1)
-            dx = convolve(dy, turned, torch.zeros(c_in), (None, None), 0.0)
-            if norm[0] is not None:
-                dnorm = norm_backward(dx, x, dx, *norm, eps, slope)     # written over
-        return dx, dweight.permute(3, 2, 0, 1), dbias, *dnorm, None, None
+        with_dx = any(ctx.needs_input_grad[k] for k in (1, 4, 5))   # x, and the norm's weights
+        gradients = narrow_backward if ctx.kind == "narrow" else winograd_backward
+        line = norm_line(*norm, ctx.numbers[0])
+        dx, dweight, dbias, sums = gradients(pixels_last(dy), x, weight, line, ctx.numbers[1],
+                                             norm[2], with_dx)
+        dnorm = None, None
+        if with_dx and norm[0] is not None:
+            dnorm = norm_backward(dx, x, dx, *norm, *ctx.numbers, sums)     # written over
+        return None, dx, dweight.permute(3, 2, 0, 1), dbias, *dnorm, None, None
+
+
+def turned_around(weight):
+    """The kernel (C, C', 3, 3) by which the gradient of a convolution is that of its input."""
+    return weight.flip(2, 3).transpose(0, 1)
+
+
+def narrow_backward(dy, x, weight, line, slope, mean, with_dx):
+    """Gradients of input, or None, weight (3, 3, C, C') and bias; sums for norm_backward()."""
+    c_out, c_in = weight.shape[:2]
+    dx = torch.empty_like(x) if with_dx else None
+    counts = 9 * c_in * c_out, c_out, 2 * c_in
+    sums = torch.empty(sum(counts), dtype=torch.float64)
+    turned = turned_around(weight).permute(2, 3, 1, 0).contiguous()     # (3, 3, C', C)
+    run_convolution("narrow_backward", x, c_out, x, *line, slope, dy, turned, mean, dx, sums)
+    dweight, dbias, of_norm = sums.split(counts)
+    return dx, dweight.float().view(3, 3, c_in, c_out), dbias.float(), of_norm
+
+
+def winograd_backward(dy, x, weight, line, slope, mean, with_dx):
+    """The same, but for the sums."""
+    c_out, c_in = weight.shape[:2]
+    dweight, dbias = torch.empty(3, 3, c_in, c_out), torch.empty(c_out)
+    run_convolution("winograd_weight", x, c_out, x, *line, slope, dy, dweight, dbias)
+    dx = None
+    if with_dx:
+        dx = convolve("winograd", dy, turned_around(weight), torch.zeros(c_in), (None, None), 0.0)
+    return dx, dweight, dbias, None
 
 
 def norm_line(weight, bias, mean, var, eps):
@@ -286,19 +245,19 @@ def norm_line(weight, bias, mean, var, eps):
     return scale, bias - mean * scale
 
 
-def run_winograd(name, x, c_out, *what):
-    """Calls a kernel of winograd.cpp for x (B, C, T, F)."""
+def run_convolution(name, x, c_out, *what):
+    """Calls a kernel of narrow.cpp or winograd.cpp for x (B, C, T, F)."""
     images, c_in, height, width = x.shape
     values = [ctypes.c_float(one) if isinstance(one, float) else address(one) for one in what]
     getattr(kernel(), name)(*values, *longs(images, height, width, c_in, c_out))
 
 
-def convolve(x, weight, bias, line, slope):
+def convolve(kind, x, weight, bias, line, slope):
     """(B, C, T, F) by a kernel (C', C, 3, 3) -> (B, C', T, F); `line` as norm_line() gives it."""
     c_out = len(weight)
     y = torch.empty((len(x), c_out, *x.shape[2:]), memory_format=torch.channels_last)
     weight = weight.permute(2, 3, 1, 0).contiguous()                # (3, 3, C, C')
-    run_winograd("winograd_forward", x, c_out, x, *line, slope, weight, bias, y)
+    run_convolution(f"{kind}_forward", x, c_out, x, *line, slope, weight, bias, y)
     return y
 
 
@@ -312,20 +271,14 @@ class Conv3x3(nn.Conv2d):
         super().__init__(c_in, c_out, 3, padding=1)
 
     def forward(self, x, norm=None):
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        fits = takes(x) and dtype in DTYPES and self.weight.dtype == torch.float32
-        if fits and x.dtype == dtype == torch.float32 and self.is_winograd(x):
-            if norm is None:
-                return WinogradFunction.apply(pixels_last(x), self.weight, self.bias, None, None,
-                                              0.0, 0.0)[0]
-            if norm.is_kernel(x):
-                return norm.convolve(x, self)
+        kind = self.kernel_for(x)
+        if kind and norm is not None and norm.is_kernel(x):
+            return norm.convolve(x, self, kind)
         if norm is not None:
             x = norm(x)
-        if fits and self.in_channels <= 2:
-            return FromFew.apply(pixels_last(x.float()), self.weight, self.bias, dtype)
-        if fits and self.out_channels <= 2:
-            return ToFew.apply(pixels_last(x), self.weight, self.bias).to(dtype)
+        if kind:
+            return ConvFunction.apply(kind, pixels_last(x), self.weight, self.bias, None, None,
+                                      0.0, 0.0)[0]
         return self.in_eights(x) if fills_up(x) else super().forward(x)
 
     def in_eights(self, x):
@@ -340,11 +293,18 @@ class Conv3x3(nn.Conv2d):
         y = F.conv2d(pixels_last(x), pixels_last(weight), bias, padding=1)
         return y[:, :self.out_channels]                             # (B, C', T, F)
 
-    def is_winograd(self, x):
-        """Whether winograd.cpp can do it, and pays."""
+    def kernel_for(self, x):
+        """Which kernel can do it, and pays: narrow, winograd or, for PyTorch's function, None."""
+        is_plain = x.dtype == self.weight.dtype == torch.float32
+        if not is_plain or torch.is_autocast_enabled("cpu") or not takes(x):
+            return None
         height, width = x.shape[2:]
-        is_even = height % 2 == width % 2 == 0
-        return is_even and height * width >= 192 and min(self.in_channels, self.out_channels) > 8
+        if height * width < 192:
+            return None
+        fewest = min(self.in_channels, self.out_channels)
+        if fewest < 12:
+            return "narrow"
+        return "winograd" if height % 2 == width % 2 == 0 else None
 
 
 class NormsAndConvs(nn.Sequential):

@@ -1,5 +1,5 @@
 """
-Compiles our kernels for CPUs, fused.cpp, thin.cpp and winograd.cpp, for fused.py.
+Compiles our kernels for CPUs, fused.cpp, narrow.cpp, pool.cpp and winograd.cpp, for fused.py.
 
 This takes some seconds, once; the library is kept in the cache folder of the user. Where there is
 no C++ compiler, and on other devices, PyTorch's functions are used. One line says that there is
@@ -17,7 +17,7 @@ import sys
 import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-SOURCES, HEADER = ["fused.cpp", "thin.cpp", "winograd.cpp"], "fused.h"
+SOURCES, HEADER = ["fused.cpp", "narrow.cpp", "pool.cpp", "winograd.cpp"], "fused.h"
 FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC"]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -20,43 +20,11 @@ namespace {
 // -------------------------------------------------------------------------------------------------
 // vectors, and products of matrices
 
-#ifdef __AVX512F__
-const long LANES = 16, BLOCK = 16;  // values of a vector; vectors of a block of a product
-#else
-const long LANES = 8, BLOCK = 8;
-#endif
+const long BLOCK = LANES;           // vectors of a block of a product
 const long PLACES = 16;             // in a tile of 4x4
 const long CACHE = 8192;            // tiles times channels that are worked on at a time
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
-inline vec get(const float* at) { return *(const vec*)at; }
-inline void put(float* at, vec values) { *(vec*)at = values; }
-
-// the same past the caches, see fused.h, to a place that is a multiple of a vector
-inline void put_far(float* at, vec values) {
-#if defined(__AVX512F__)
-    _mm512_stream_ps(at, (__m512)values);
-#elif defined(__AVX__)
-    _mm256_stream_ps(at, (__m256)values);
-#else
-    put(at, values);
-#endif
-}
-
-inline long round_up(long n, long unit) { return (n + unit - 1) / unit * unit; }
 inline long blocks_of(long channels) { return (channels + LANES - 1) / LANES; }
-
-// Floats from a place on that whole vectors can be read from at once.
-class Buffer {
-    struct alignas(64) Line { float values[16]; };
-    std::vector<Line> lines;
-
-public:
-    explicit Buffer(long n) : lines(n / 16 + 1) {}
-    float* at(long i) { return &lines[0].values[0] + i; }
-    const float* at(long i) const { return &lines[0].values[0] + i; }
-};
 
 // Matrices lie in blocks of LANES columns: (columns / LANES, rows, LANES). Most steps are constant.
 
@@ -74,28 +42,32 @@ struct Places {
     }
 };
 
-// How the left matrix of a product is read: as it is, or transposed. ROW and COLUMN are steps. RUN
-// is the number of columns until the step is that to the next block. row() is where a row begins.
+// How the left matrix of a product is read: as it is, or transposed. ROW and COLUMN are steps, and
+// more() is that of LANES columns. row() is where a row begins.
 struct AsItIs {
-    static const long ROW = LANES, COLUMN = 1, RUN = LANES;
+    static const long ROW = LANES, COLUMN = 1;
+    static long more(long block) { return block; }
     static long row(long i, long) { return i * LANES; }
 };
 struct Transposed {
-    static const long ROW = 1, COLUMN = LANES, RUN = 1L << 30;
+    static const long ROW = 1, COLUMN = LANES;
+    static long more(long) { return LANES * LANES; }
     static long row(long i, long block) { return i / LANES * block + i % LANES; }
 };
 
-// c (BLOCK / N rows, N blocks) = a b, or is increased by it
+// c (BLOCK / N rows, N blocks) = a b, or is increased by it. Memory is asked for ahead at about the
+// rate that it comes at.
 template <class A, long N>
 inline void multiply_block(const float* a, long a_block, const float* b, long b_block, float* c,
-                           long c_block, long depth, bool add) {
+                           long c_block, long depth, bool add, Ahead& ahead) {
     const long ROWS = BLOCK / N;
     vec sums[ROWS][N];
     for (long i = 0; i < ROWS; i++)
         for (long j = 0; j < N; j++) sums[i][j] = add ? get(c + j * c_block + i * LANES) : vec{};
-    for (long left = depth; left > 0; left -= A::RUN, a += a_block) {
+    for (long left = depth; left > 0; left -= LANES, a += A::more(a_block)) {
         const float* x = a;
-        for (long k = left < A::RUN ? left : A::RUN; k > 0; k--, x += A::COLUMN, b += LANES) {
+        for (long i = 0; i < 8; i++) ahead.ask();
+        for (long k = std::min(left, LANES); k > 0; k--, x += A::COLUMN, b += LANES) {
             vec right[N];
             for (long j = 0; j < N; j++) right[j] = get(b + j * b_block);
             for (long i = 0; i < ROWS; i++)
@@ -110,28 +82,21 @@ inline void multiply_block(const float* a, long a_block, const float* b, long b_
 // odd. Up to BLOCK - 1 rows more than asked for are computed.
 template <class A>
 void multiply(long rows, long blocks, const float* a, long a_block, const float* b, long b_block,
-              float* c, long c_block, long depth, bool add) {
+              float* c, long c_block, long depth, bool add, Ahead& ahead) {
     for (; blocks > 1; blocks -= 2, b += 2 * b_block, c += 2 * c_block)
         for (long i = 0; i < rows; i += BLOCK / 2)
             multiply_block<A, 2>(a + A::row(i, a_block), a_block, b, b_block, c + i * LANES,
-                                 c_block, depth, add);
+                                 c_block, depth, add, ahead);
     for (long i = 0; blocks == 1 && i < rows; i += BLOCK)
         multiply_block<A, 1>(a + A::row(i, a_block), a_block, b, b_block, c + i * LANES, c_block,
-                             depth, add);
+                             depth, add, ahead);
 }
 
 // -------------------------------------------------------------------------------------------------
 // lines of images
 
-struct Images {
-    const float* values;
-    long count, height, width, channels;
-    const float *scale = nullptr, *shift = nullptr;     // (channels), if it is to be normalised
-    float slope = 1;                                    // of the LeakyReLU after that
-
-    long tiles() const { return width / 2; }            // of a row of tiles
-    long rows() const { return count * height / 2; }    // of tiles, in all images
-};
+inline long tiles_of(const Images& images) { return images.width / 2; }                 // of a row
+inline long rows_of(const Images& images) { return images.count * images.height / 2; }  // of tiles
 
 // The lines that a row of tiles is made of, normalised, with zeros above and below the image, and
 // in channels up to a whole vector. The last four are kept.
@@ -344,7 +309,7 @@ void transform_sums(std::vector<Places>& sums, float* dweight, long c_in, long c
 // -------------------------------------------------------------------------------------------------
 
 void convolve(const Images& images, const float* weight, const float* bias, float* y, long c_out) {
-    long c_in = images.channels, tiles = images.tiles();
+    long c_in = images.channels, tiles = tiles_of(images);
     long wide_in = round_up(c_in, LANES), wide_out = round_up(c_out, LANES);
     Places kernels = transform_weight(weight, c_in, c_out);
     Buffer wide_bias(wide_out);
@@ -352,20 +317,21 @@ void convolve(const Images& images, const float* weight, const float* bias, floa
     long rows = std::max(1L, CACHE / (wide_in + wide_out) / tiles);     // of tiles, at a time
     long most = round_up(rows * tiles, BLOCK);
     bool is_aligned = c_out % LANES == 0 && uintptr_t(y) % sizeof(vec) == 0;
-    bool far = is_aligned && images.rows() * tiles * 16 * c_out >= FAR;
+    bool far = is_aligned && rows_of(images) * tiles * 16 * c_out >= FAR;
     #pragma omp parallel
     {
         Lines lines(images);
         Places inputs(most, wide_in), products(most, wide_out);
         #pragma omp for schedule(static)
-        for (long first = 0; first < images.rows(); first += rows) {
-            long end = std::min(images.rows(), first + rows);
+        for (long first = 0; first < rows_of(images); first += rows) {
+            long end = std::min(rows_of(images), first + rows);
             for (long row = first; row < end; row++)
                 transform_input(lines, row, tiles, inputs, (row - first) * tiles);
+            Ahead ahead = lines_ahead(images, 2 * end + 1, 2 * rows);
             for (long i = 0; i < PLACES; i++)
                 multiply<AsItIs>((end - first) * tiles, kernels.blocks, inputs.at(i), inputs.block,
                                  kernels.at(i), kernels.block, products.at(i), products.block, c_in,
-                                 false);
+                                 false, ahead);
             for (long row = first; row < end; row++)
                 transform_output(products, (row - first) * tiles, wide_bias,
                                  y + row * 2 * images.width * c_out, images.width, c_out, far);
@@ -376,8 +342,8 @@ void convolve(const Images& images, const float* weight, const float* bias, floa
 
 // dweight (3, 3, c_in, c_out) and dbias (c_out), of the images and the gradients of the result
 void weigh(const Images& images, const Images& gradients, float* dweight, float* dbias) {
-    long c_in = images.channels, c_out = gradients.channels, tiles = images.tiles();
-    long wide_in = round_up(c_in, LANES), wide_out = round_up(c_out, LANES), all = images.rows();
+    long c_in = images.channels, c_out = gradients.channels, tiles = tiles_of(images);
+    long wide_in = round_up(c_in, LANES), wide_out = round_up(c_out, LANES), all = rows_of(images);
     long rows = std::max(1L, CACHE / (wide_in + wide_out) / tiles);
 
     // parts are summed by one thread each, in float32, and then together in float64
@@ -398,10 +364,12 @@ void weigh(const Images& images, const Images& gradients, float* dweight, float*
                     transform_input(lines, row, tiles, inputs, at);
                     transform_gradient(gradient_lines, row, tiles, outputs, at);
                 }
+                Ahead ahead[2] = {lines_ahead(images, 2 * end + 1, 2 * rows),
+                                  lines_ahead(gradients, 2 * end, 2 * rows)};
                 for (long i = 0; i < PLACES; i++)
                     multiply<Transposed>(c_in, outputs.blocks, inputs.at(i), inputs.block,
                                          outputs.at(i), outputs.block, sums[part].at(i),
-                                         sums[part].block, count, true);
+                                         sums[part].block, count, true, ahead[i % 2]);
                 // at place 5 is the sum of a tile's four gradients
                 for (long n = 0; n < c_out; n++) {
                     float total = 0;

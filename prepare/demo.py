@@ -159,7 +159,11 @@ def add_note(out, start, seconds, table, frequency, attack, decay, gain=1.0, vib
     if n <= 0:
         return
     t = np.arange(n) / SAMPLE_RATE
-    bend = 1 + vibrato * np.sin(2 * np.pi * 5.5 * t) + (glide - 1) * np.exp(-t / 0.05)
+    bend = np.ones(n)
+    if vibrato:         # most notes have neither, and sines take long
+        bend += vibrato * np.sin(2 * np.pi * 5.5 * t)
+    if glide != 1:
+        bend += (glide - 1) * np.exp(-t / 0.05)
     phase = np.cumsum(frequency * bend) * (TABLE / SAMPLE_RATE)
     release = np.minimum(1, (n - np.arange(n)) / (0.01 * SAMPLE_RATE))
     envelope = np.minimum(1, t / attack) * np.exp(-t / decay) * release

@@ -1,4 +1,4 @@
-"""Winograd's convolutions, alone and with the norm before them: beside float64."""
+"""Our convolutions, alone and with the norm before them: beside float64."""
 import copy
 
 import pytest
@@ -12,8 +12,13 @@ import kernels
 pytestmark = pytest.mark.skipif(kernels.kernel() is None, reason="there is no C++ compiler")
 
 # one block of channels, several, a part of one; rows of tiles that fill a cache, or do not
-CHANNELS = [(16, 16), (17, 32), (9, 40), (64, 64), (100, 70)]
-SIZES = [(12, 16), (2, 96), (96, 2), (34, 26), (16, 128)]
+WINOGRAD = [(c_in, c_out, size)
+            for c_in, c_out in [(16, 16), (17, 32), (13, 40), (64, 64), (100, 70)]
+            for size in [(12, 16), (2, 96), (96, 2), (34, 26), (16, 128)]]
+# one channel and many, in groups of all sizes; lines of whole vectors, and of a part of one
+NARROW = [(c_in, c_out, size)
+          for c_in, c_out in [(1, 16), (1, 1), (24, 1), (5, 2), (4, 8), (8, 4), (2, 67), (33, 11)]
+          for size in [(12, 16), (1, 200), (200, 1), (9, 25), (3, 130)]]
 
 
 def everything(run, leaves, gradient):
@@ -40,14 +45,14 @@ def made(c_in, c_out, size, images=3):
     return conv, x, torch.randn(images, c_out, *size)
 
 
-@pytest.mark.parametrize("c_in, c_out", CHANNELS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("c_in, c_out, size", WINOGRAD + NARROW)
 def test_a_convolution_equals_float64(c_in, c_out, size):
     conv, x, gradient = made(c_in, c_out, size)
-    assert kernels.takes(x) and conv.is_winograd(x)
+    kind = conv.kernel_for(x)
+    assert kind == ("narrow" if min(c_in, c_out) < 12 else "winograd")
 
     def ours(x, weight, bias):
-        return fused.WinogradFunction.apply(x, weight, bias, None, None, 0.0, 0.0)[0]
+        return fused.ConvFunction.apply(kind, x, weight, bias, None, None, 0.0, 0.0)[0]
 
     def plain(x, weight, bias):
         return F.conv2d(x, weight, bias, padding=1)
@@ -61,8 +66,7 @@ def test_a_convolution_equals_float64(c_in, c_out, size):
     assert max(found) < 4 * max(theirs)
 
 
-@pytest.mark.parametrize("c_in, c_out", CHANNELS)
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("c_in, c_out, size", WINOGRAD + NARROW)
 @pytest.mark.parametrize("slope", [0.01, 0.0])
 def test_with_a_norm_it_equals_float64(c_in, c_out, size, slope):
     conv, x, gradient = made(c_in, c_out, size)
@@ -92,7 +96,7 @@ def test_with_a_norm_it_equals_float64(c_in, c_out, size, slope):
         assert max(errors([both(x)], [wanted(x.double())])) < 2e-6
 
 
-@pytest.mark.parametrize("c_in, c_out", [(16, 32), (17, 16)])
+@pytest.mark.parametrize("c_in, c_out", [(16, 32), (17, 16), (8, 24), (16, 4), (9, 1)])
 def test_large_results_which_are_written_past_the_caches(c_in, c_out):
     test_a_convolution_equals_float64(c_in, c_out, (192, 160))
     test_with_a_norm_it_equals_float64(c_in, c_out, (192, 160), 0.01)
