@@ -117,7 +117,7 @@ struct Images {
 // Asks for memory bit by bit between sums, so that it is near when it is read. All at once would
 // block them.
 struct Ahead {
-    const float *next, *end;
+    const float *next = nullptr, *end = nullptr;
 
     void ask() {
         if (next < end) __builtin_prefetch(next, 0, 2);

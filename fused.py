@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from kernels import DTYPES, address, fills_up, half, kernel, longs, pixels_last, takes
+from kernels import address, fills_up, half, kernel, longs, pixels_last, takes
 
 # -----------------------------------------------------------------------------
 # BatchNorm and LeakyReLU
@@ -227,14 +227,21 @@ def narrow_backward(dy, x, weight, line, slope, mean, with_dx):
 
 
 def winograd_backward(dy, x, weight, line, slope, mean, with_dx):
-    """The same, but for the sums."""
+    """The same. There are no sums if channels do not fill whole vectors."""
     c_out, c_in = weight.shape[:2]
     dweight, dbias = torch.empty(3, 3, c_in, c_out), torch.empty(c_out)
     run_convolution("winograd_weight", x, c_out, x, *line, slope, dy, dweight, dbias)
-    dx = None
-    if with_dx:
-        dx = convolve("winograd", dy, turned_around(weight), torch.zeros(c_in), (None, None), 0.0)
-    return dx, dweight, dbias, None
+    if not with_dx:
+        return None, dweight, dbias, None
+    turned, zeros = turned_around(weight), torch.zeros(c_in)
+    if mean is None or c_in % 16:       # not whole vectors
+        dx = convolve("winograd", dy, turned, zeros, (None, None), 0.0)
+        return dx, dweight, dbias, None
+    dx, sums = torch.empty_like(x), torch.empty(2 * c_in, dtype=torch.float64)
+    turned = turned.permute(2, 3, 1, 0).contiguous()                    # (3, 3, C', C)
+    run_convolution("winograd_gradient", dy, c_in, dy, turned, zeros, dx, x, *line, slope, mean,
+                    sums)
+    return dx, dweight, dbias, sums
 
 
 def norm_line(weight, bias, mean, var, eps):

@@ -216,9 +216,11 @@ void transform_gradient(Lines& lines, long row, long count, Places& tiles, long 
     }
 }
 
-// A' products A, and the bias: two lines of the result, y (2, width, channels)
+// A' products A, and the bias: two lines of the result, y (2, width, channels). Calls look(place in
+// y, channel, vector, that of the next pixel) too.
+template <class Look>
 void transform_output(Places& tiles, long at, const Buffer& bias, float* y, long width,
-                      long channels, bool far) {
+                      long channels, bool far, Look look) {
     const long apart = tiles.apart, block = tiles.block;
     for (long tile = 0; tile < width / 2; tile++) {
         const float* from = tiles.at(0, at + tile);
@@ -234,6 +236,7 @@ void transform_output(Places& tiles, long at, const Buffer& bias, float* y, long
                 vec left = t[i][0] + t[i][1] + t[i][2] + get(bias.at(c));
                 vec right = t[i][1] - t[i][2] - t[i][3] + get(bias.at(c));
                 float* to = y + (i * width + 2 * tile) * channels + c;
+                look(to, c, left, right);
                 if (far) {
                     put_far(to, left);
                     put_far(to + channels, right);
@@ -308,35 +311,62 @@ void transform_sums(std::vector<Places>& sums, float* dweight, long c_in, long c
 
 // -------------------------------------------------------------------------------------------------
 
-void convolve(const Images& images, const float* weight, const float* bias, float* y, long c_out) {
-    long c_in = images.channels, tiles = tiles_of(images);
+// If `normed` is given, y is the gradient of what comes of normalising that. Then its sums
+// (2, c_out) for norm_backward() are made too, and c_out must be whole vectors.
+void convolve(const Images& images, const float* weight, const float* bias, float* y, long c_out,
+              const Images* normed = nullptr, const float* mean = nullptr, double* sums = nullptr) {
+    long c_in = images.channels, tiles = tiles_of(images), all = rows_of(images);
     long wide_in = round_up(c_in, LANES), wide_out = round_up(c_out, LANES);
     Places kernels = transform_weight(weight, c_in, c_out);
     Buffer wide_bias(wide_out);
     std::copy_n(bias, c_out, wide_bias.at(0));
     long rows = std::max(1L, CACHE / (wide_in + wide_out) / tiles);     // of tiles, at a time
-    long most = round_up(rows * tiles, BLOCK);
+    long most = round_up(rows * tiles, BLOCK), count = normed ? 2 * c_out : 0;
     bool is_aligned = c_out % LANES == 0 && uintptr_t(y) % sizeof(vec) == 0;
-    bool far = is_aligned && rows_of(images) * tiles * 16 * c_out >= FAR;
+    bool far = is_aligned && all * tiles * 16 * c_out >= FAR;
+    std::vector<double> totals((all + rows - 1) / rows * count);
     #pragma omp parallel
     {
         Lines lines(images);
         Places inputs(most, wide_in), products(most, wide_out);
         #pragma omp for schedule(static)
-        for (long first = 0; first < rows_of(images); first += rows) {
-            long end = std::min(rows_of(images), first + rows);
+        for (long first = 0; first < all; first += rows) {
+            long end = std::min(all, first + rows);
             for (long row = first; row < end; row++)
                 transform_input(lines, row, tiles, inputs, (row - first) * tiles);
-            Ahead ahead = lines_ahead(images, 2 * end + 1, 2 * rows);
+            Ahead ahead[2] = {lines_ahead(images, 2 * end + 1, 2 * rows)};
+            if (normed) ahead[1] = lines_ahead(*normed, 2 * first, 2 * rows);
             for (long i = 0; i < PLACES; i++)
                 multiply<AsItIs>((end - first) * tiles, kernels.blocks, inputs.at(i), inputs.block,
                                  kernels.at(i), kernels.block, products.at(i), products.block, c_in,
-                                 false, ahead);
+                                 false, ahead[normed ? i % 2 : 0]);
+
+            Buffer some(count);
+            auto look = [&](const float* at, long c, vec left, vec right) {
+                if (!normed) return;
+                const float *x = normed->values + (at - y), *scale = normed->scale + c;
+                vec total = get(some.at(c)), product = get(some.at(c_out + c));
+                for (vec g : {left, right}) {
+                    vec value = get(x);
+                    g = value * get(scale) + get(normed->shift + c) > 0 ? g : g * normed->slope;
+                    total += g;
+                    product += g * (value - get(mean + c));
+                    x += c_out;
+                }
+                put(some.at(c), total);
+                put(some.at(c_out + c), product);
+            };
             for (long row = first; row < end; row++)
                 transform_output(products, (row - first) * tiles, wide_bias,
-                                 y + row * 2 * images.width * c_out, images.width, c_out, far);
+                                 y + row * 2 * images.width * c_out, images.width, c_out, far,
+                                 look);
+            for (long i = 0; i < count; i++) totals[first / rows * count + i] = *some.at(i);
         }
         wait_for_far();
+    }
+    for (long i = 0; i < count; i++) {
+        sums[i] = 0;
+        for (size_t part = i; part < totals.size(); part += count) sums[i] += totals[part];
     }
 }
 
@@ -396,6 +426,15 @@ void winograd_forward(const float* x, const float* scale, const float* shift, fl
                       const float* weight, const float* bias, float* y, long count, long height,
                       long width, long c_in, long c_out) {
     convolve({x, count, height, width, c_in, scale, shift, slope}, weight, bias, y, c_out);
+}
+
+// the same, of a gradient; the rest is that of the norm before the convolution whose gradient it is
+void winograd_gradient(const float* dy, const float* weight, const float* bias, float* dx,
+                       const float* x, const float* scale, const float* shift, float slope,
+                       const float* mean, double* sums, long count, long height, long width,
+                       long c_in, long c_out) {
+    Images normed{x, count, height, width, c_out, scale, shift, slope};
+    convolve({dy, count, height, width, c_in}, weight, bias, dx, c_out, &normed, mean, sums);
 }
 
 void winograd_weight(const float* x, const float* scale, const float* shift, float slope,

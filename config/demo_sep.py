@@ -3,12 +3,12 @@
 data = "data/demo_songs"
 sources = ["vocals", "other", "drums", "bass"]
 pool = "avg"
-widths = [8, 16, 16, 32, 32, 32]
+widths = [4, 16, 16, 32, 32, 32]
 bn_momentum = 0.1  # statistics of 0.99 per step would not settle in so few steps
-steps = 250        # x 8 mixes
+steps = 300        # x 8 mixes
 learning_rate = 3e-3
-lr_decay_every = 25
+lr_decay_every = 30
 lr_decay = 0.8
-val_every = 125
+val_every = 150
 val_mixes = 32
 log_every = 25
