@@ -49,7 +49,7 @@ workers = 2             # threads that read data ahead
 # -----------------------------------------------------------------------------
 
 STEMS = ["vocals", "other", "drums", "bass"]
-NARROW = {"widths": [8, 16, 16, 32, 32, 32]}
+NARROW = {"widths": [4, 16, 16, 32, 32, 32]}
 NARROW_TAIL = {"tail_widths": [16, 16, 32, 32, 32, 32, 64]}
 HEADS = ("network", "ms/step", "crops/s", "TFLOP/s", "of matmul", "bare conv. ms", "of bare conv.",
          "GiB", "waiting", "music s/s")
