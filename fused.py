@@ -36,7 +36,7 @@ def apply(x, weight, bias, mean, var, eps, slope):
 def norm_backward(dy, x, dx, weight, bias, mean, var, eps, slope, sums=None):
     """Gradients of weight and bias; that of x goes to dx, if that is not None. It may be dy.
 
-    `sums` are those that narrow.cpp has made already.
+    `sums` over pixels have been made already, or are None.
     """
     is_half, n, channels = sizes(x)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(weight)
@@ -67,23 +67,23 @@ class NormLeakyFunction(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, mean, var)
         ctx.numbers, ctx.size = (eps, slope), size
         ctx.mark_non_differentiable(mean, var)
-        y = apply(x, weight, bias, mean, var, eps, slope)
-        if size is not None:
-            y, ctx.which = pool_forward(y, size, True)
+        if size is None:
+            return apply(x, weight, bias, mean, var, eps, slope), mean, var
+        line = norm_line(weight, bias, mean, var, eps)
+        y, ctx.which = pool_forward(x, size, True, line, slope)     # (B, C, T / t, F / f)
         return y, mean, var
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
         x, *parameters = ctx.saved_tensors
+        dy = pixels_last(dy)
         if ctx.size is not None:
-            dy = dx = pool_backward(pixels_last(dy), ctx.which, x.shape, ctx.size)  # written over
-        elif ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-        else:
-            dx = None
-        dweight, dbias = norm_backward(pixels_last(dy), x, dx, *parameters, *ctx.numbers)
-        return dx, dweight, dbias, None, None, None
+            dx, *others = pooled_norm_backward(dy, ctx.which, x, ctx.size, *parameters,
+                                               *ctx.numbers)
+            return dx, *others, None, None, None
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        return dx, *norm_backward(dy, x, dx, *parameters, *ctx.numbers), None, None, None
 
 
 class NormLeaky(nn.modules.batchnorm._BatchNorm):
@@ -97,7 +97,7 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
 
     def __init__(self, channels, slope, momentum):
         super().__init__(channels, eps=1e-3, momentum=momentum)
-        self.slope, self.synced = slope, False
+        self.slope, self.synced = float(slope), False
 
     def _check_input_dim(self, x):
         if x.dim() not in (2, 4):
@@ -115,15 +115,17 @@ class NormLeaky(nn.modules.batchnorm._BatchNorm):
         if self.training and self.synced:
             y = self.forward_synced(x)
         elif self.is_kernel(x):
-            y = apply(pixels_last(x), self.weight, self.bias, self.running_mean, self.running_var,
-                      self.eps, self.slope)
+            learnt = self.weight, self.bias, self.running_mean, self.running_var, self.eps
+            if size is not None:
+                return pool_forward(pixels_last(x), size, True, norm_line(*learnt), self.slope)[0]
+            y = apply(pixels_last(x), *learnt, self.slope)
         else:
             y = F.leaky_relu(super().forward(x), self.slope, inplace=True)
         return y if size is None else pool(y, size)
 
     def is_kernel(self, x):
         """Whether a kernel can do it. Those have no gradient through statistics that are given."""
-        if not takes(x) or self.weight.dtype != torch.float32 or x.numel() == x.shape[1]:
+        if not takes(x) or self.weight.dtype != torch.float32 or x.numel() <= x.shape[1]:
             return False
         if self.training:
             return not self.synced
@@ -234,7 +236,7 @@ def winograd_backward(dy, x, weight, line, slope, mean, with_dx):
     if not with_dx:
         return None, dweight, dbias, None
     turned, zeros = turned_around(weight), torch.zeros(c_in)
-    if mean is None or c_in % 16:       # not whole vectors
+    if mean is None or c_in % 16:       # of any processor whole vectors
         dx = convolve("winograd", dy, turned, zeros, (None, None), 0.0)
         return dx, dweight, dbias, None
     dx, sums = torch.empty_like(x), torch.empty(2 * c_in, dtype=torch.float64)
@@ -255,8 +257,12 @@ def norm_line(weight, bias, mean, var, eps):
 def run_convolution(name, x, c_out, *what):
     """Calls a kernel of narrow.cpp or winograd.cpp for x (B, C, T, F)."""
     images, c_in, height, width = x.shape
-    values = [ctypes.c_float(one) if isinstance(one, float) else address(one) for one in what]
-    getattr(kernel(), name)(*values, *longs(images, height, width, c_in, c_out))
+    getattr(kernel(), name)(*map(value_of, what), *longs(images, height, width, c_in, c_out))
+
+
+def value_of(one):
+    """How a kernel takes a tensor, None or a number."""
+    return ctypes.c_float(one) if isinstance(one, float) else address(one)
 
 
 def convolve(kind, x, weight, bias, line, slope):
@@ -373,26 +379,45 @@ class Up(nn.ConvTranspose2d):
 # -----------------------------------------------------------------------------
 # pooling
 
-def pool_forward(x, size, largest):
-    """(B, C, T, F) -> (B, C, T / t, F / f), and which of the values each is, one byte, or None."""
+def pool_forward(x, size, largest, line=(None, None), slope=0.0):
+    """(B, C, T, F) -> (B, C, T / t, F / f), and which of the values each is, one byte, or None.
+
+    With `line`, see norm_line(), leaky_relu(scale x + shift) is what is pooled.
+    """
     images, channels, height, width = x.shape
     y = torch.empty((images, channels, height // size[0], width // size[1]), dtype=x.dtype,
                     memory_format=torch.channels_last)
     which = torch.empty_like(y, dtype=torch.uint8) if largest else None
-    run_pool("pool_forward", y, size, x, y, which)
+    run_pool("pool_forward", y, size, x, y, which, *line, slope)
     return y, which
 
 
 def pool_backward(dy, which, shape, size):
     """The gradient of pooling, of the shape of its input."""
     dx = torch.empty(shape, dtype=dy.dtype, memory_format=torch.channels_last)
-    run_pool("pool_backward", dy, size, dy, which, dx)
+    run_pool("pool_backward", dy, size, dy, which, dx, None, None, None, 0.0, None, None)
     return dx
 
 
-def run_pool(name, small, size, *tensors):
+def pooled_norm_backward(dy, which, x, size, weight, bias, mean, var, eps, slope):
+    """Gradients of x, weight and bias of a norm whose result is pooled: that is never in memory."""
+    line = norm_line(weight, bias, mean, var, eps)
+    sums = torch.empty(2 * len(mean), dtype=torch.float64)
+    run_pool("pool_sums", dy, size, dy, which, x, *line, slope, mean, sums)
+    dweight, dbias = norm_backward(dy, x, None, weight, bias, mean, var, eps, slope, sums)
+
+    # the gradient of normalising is again a line, see fused.cpp
+    pixels, deviation = x.numel() // len(mean), torch.sqrt(var + eps)
+    along = -line[0] * dweight / (deviation * pixels)
+    still = -line[0] * dbias / pixels - along * mean
+    dx = torch.empty_like(x)
+    run_pool("pool_backward", dy, size, dy, which, dx, x, *line, slope, along, still)
+    return dx, dweight, dbias
+
+
+def run_pool(name, small, size, *what):
     images, channels, height, width = small.shape
-    getattr(kernel(), name)(half(small), *map(address, tensors),
+    getattr(kernel(), name)(half(small), *map(value_of, what),
                             *longs(images * height, size[0], width, size[1], channels))
 
 

@@ -385,7 +385,7 @@ class Classifier(nn.Module):
         if self.unet is not None:
             with autocast(magnitude, self.amp_dtype):
                 masks, outputs = self.unet(log_compress(magnitude))         # (B, S, T, F), ...
-            masks = masks.float().contiguous()      # one source after the other, as products are
+            masks = masks.float().contiguous()      # products want one source after the other
             sources = log_compress((masks * magnitude) @ self.mel)          # (B, S, T, M)
             x = torch.cat([sources, x], 1)                          # (B, S + 1, T, M)
             skips = [outputs[5 - i] for i in range(1, self.skips + 1)]

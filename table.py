@@ -14,19 +14,15 @@ OUT/runs/ holds the checkpoint, log, printed text and results of each run, under
 """
 import csv
 import functools
-import importlib
 import json
-import multiprocessing
 import os
-import runpy
 import shlex
-import signal
+import subprocess
 import sys
 import time
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 import metrics
 import page
@@ -58,10 +54,6 @@ seed = 1                # of the resamples
 # -----------------------------------------------------------------------------
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# a run is a copy of this process, which has loaded all that it needs; so it begins three seconds
-# sooner. On other systems libraries may not bear to be copied.
-PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-LOADED = ("pretrain_sep", "finetune_cls", "eval", "torch._dynamo")  # PyTorch's optimizers want that
 # settings that do not change what comes out; of data and .pt files the hash is compared instead
 FREE = ("out", "resume", "overwrite", "data", "device", "compile", "log_every", "workers",
         "data_on_gpu", "cuda_graph", "report", "track")
@@ -219,35 +211,19 @@ def data_hashes(folder, kind, fold):
 # running
 
 def start(command, job):
-    """A process that runs one command of a job, as `python COMMAND` would."""
-    printed = checkpoint_of(job.name).removesuffix(".pt") + ".log"
+    """A process that runs one command of a job, with its share of the cores."""
     threads = max(1, runtime.cores() // jobs)
-    process = PROCESSES.Process(target=run_script, args=(command, printed, threads))
-    process.start()
-    return process
-
-
-def run_script(command, printed, threads):
-    """The whole life of such a process. What it prints goes to the end of a file."""
-    if hasattr(os, "setsid"):
-        os.setsid()     # or it would be told twice of a Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    for stream in (1, 2):
-        os.dup2(file, stream)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-    sys.argv = command
-    runpy.run_path(os.path.join(HERE, command[0]), run_name="__main__")
+    with open(checkpoint_of(job.name).removesuffix(".pt") + ".log", "a") as printed:
+        # in a session of its own, or it would be told twice of a Ctrl-C
+        return subprocess.Popen(
+            [sys.executable, os.path.join(HERE, command[0]), *command[1:]],
+            stdout=printed, stderr=printed, close_fds=False, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
 def run_all(left):
     """Runs jobs, several at a time; returns the names of those that failed."""
     waiting, running, failed, ended = list(left), [], [], 0
-    if PROCESSES.get_start_method() == "fork":
-        for name in LOADED:
-            importlib.import_module(name)
     stop, began = runtime.Stop(), time.time()
     while running or waiting:
         for job in list(waiting):           # each comes behind what it needs
@@ -263,13 +239,13 @@ def run_all(left):
             for _, process, _ in running:
                 process.terminate()
             for _, process, _ in running:
-                process.join()
+                process.wait()
             die("stopped; the same command goes on from there")
 
         # what has ended goes on with its next command, or is done
         for entry in list(running):
             job, process, more = entry
-            status = process.exitcode
+            status = process.poll()
             if status is None:
                 continue
             running.remove(entry)

@@ -311,8 +311,8 @@ void transform_sums(std::vector<Places>& sums, float* dweight, long c_in, long c
 
 // -------------------------------------------------------------------------------------------------
 
-// If `normed` is given, y is the gradient of what comes of normalising that. Then its sums
-// (2, c_out) for norm_backward() are made too, and c_out must be whole vectors.
+// If `normed` is given, y is the gradient of the result of that norm. Then its sums (2, c_out) for
+// norm_backward() are made too, and c_out must be whole vectors.
 void convolve(const Images& images, const float* weight, const float* bias, float* y, long c_out,
               const Images* normed = nullptr, const float* mean = nullptr, double* sums = nullptr) {
     long c_in = images.channels, tiles = tiles_of(images), all = rows_of(images);
@@ -428,7 +428,7 @@ void winograd_forward(const float* x, const float* scale, const float* shift, fl
     convolve({x, count, height, width, c_in, scale, shift, slope}, weight, bias, y, c_out);
 }
 
-// the same, of a gradient; the rest is that of the norm before the convolution whose gradient it is
+// the gradient dx of a convolution's input, from dy; x ... mean describe the norm before it
 void winograd_gradient(const float* dy, const float* weight, const float* bias, float* dx,
                        const float* x, const float* scale, const float* shift, float slope,
                        const float* mean, double* sums, long count, long height, long width,

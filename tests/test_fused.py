@@ -79,22 +79,29 @@ def test_the_number_of_threads_changes_no_bit():
 
 
 @needs_compiler
-@pytest.mark.parametrize("size", [(2, 2), (3, 2), (5, 2)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pooled_at_once_is_the_same_to_the_bit(size, dtype):
-    norm, x = module_and_input((2, 17, 12, 8), 0.0, dtype)
+@pytest.mark.parametrize("channels", [1, 5, 8, 17, 64])
+@pytest.mark.parametrize("size", [(2, 2), (3, 2), (5, 2)])      # the last one does not divide
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("slope", [0.0, 0.2])
+def test_pooled_at_once_is_as_one_after_the_other(channels, size, dtype, most, slope):
+    norm, x = module_and_input((2, channels, 12, 8), slope, dtype)
+    with torch.no_grad():
+        norm.weight[::2] *= -1      # the largest result is of the smallest value then
     found = []
     for run in (lambda x: norm(x, size), lambda x: fused.pool(norm(x), size)):
         norm.reset_running_stats()
         norm.zero_grad()
         leaf = x.detach().requires_grad_()
         y = run(leaf)
-        y.backward(torch.linspace(-1, 1, y.numel()).view(y.shape).to(dtype))
+        y.backward(torch.linspace(-1, 2, y.numel()).view(y.shape).to(dtype))
         found.append([y.detach(), leaf.grad, norm.weight.grad.clone(), norm.bias.grad.clone(),
                       norm.running_mean.clone(), norm.running_var.clone()])
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    for one, other in zip(*found, strict=True):
+        assert one.dtype == other.dtype
+        assert ((one - other).abs().max() / (other.abs().max() + 1e-3)).item() < most
     norm.eval()
-    assert torch.equal(norm(x, size), fused.pool(norm(x), size))
+    with torch.no_grad():
+        torch.testing.assert_close(norm(x, size), fused.pool(norm(x), size), atol=most, rtol=0)
 
 
 @needs_compiler

@@ -63,32 +63,6 @@ def test_a_table_holds_every_row(whole):
     assert half["config"]["tail"].endswith("tags-tail-labels0.5-seed2.pt")
 
 
-SOME = """
-import os, sys, torch
-print(__name__, sys.argv[1:], torch.get_num_threads(), os.environ["OMP_NUM_THREADS"])
-sys.exit(int(sys.argv[2]))
-"""
-STARTS_IT = """
-import sys, table
-for status in "03":
-    command = [sys.argv[1], "--some=1", status]
-    process = table.PROCESSES.Process(target=table.run_script, args=(command, sys.argv[2], 3))
-    process.start()
-    process.join()
-    assert process.exitcode == int(status)
-"""
-
-
-def test_a_run_is_as_if_started_on_its_own(tmp_path):
-    script, printed = tmp_path / "some.py", tmp_path / "some.log"
-    script.write_text(SOME)
-    done = subprocess.run([sys.executable, "-c", STARTS_IT, script, printed], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    said = "__main__ ['--some=1', '{}'] 3 3\n"
-    assert printed.read_text() == said.format(0) + said.format(3)
-
-
 def test_its_numbers_are_those_of_the_clips(whole):
     out, _ = whole
     aucs = {}
