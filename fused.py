@@ -315,7 +315,7 @@ class Conv3x3(nn.Conv2d):
         if height * width < 192:
             return None
         fewest = min(self.in_channels, self.out_channels)
-        if fewest < 12:
+        if fewest < 12:         # they would fill winograd.cpp's vectors badly
             return "narrow"
         return "winograd" if height % 2 == width % 2 == 0 else None
 
