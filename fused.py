@@ -236,7 +236,7 @@ def winograd_backward(dy, x, weight, line, slope, mean, with_dx):
     if not with_dx:
         return None, dweight, dbias, None
     turned, zeros = turned_around(weight), torch.zeros(c_in)
-    if mean is None or c_in % 16:       # of any processor whole vectors
+    if mean is None or c_in % 16:       # 16 are whole vectors on every processor
         dx = convolve("winograd", dy, turned, zeros, (None, None), 0.0)
         return dx, dweight, dbias, None
     dx, sums = torch.empty_like(x), torch.empty(2 * c_in, dtype=torch.float64)
@@ -395,7 +395,8 @@ def pool_forward(x, size, largest, line=(None, None), slope=0.0):
 def pool_backward(dy, which, shape, size):
     """The gradient of pooling, of the shape of its input."""
     dx = torch.empty(shape, dtype=dy.dtype, memory_format=torch.channels_last)
-    run_pool("pool_backward", dy, size, dy, which, dx, None, None, None, 0.0, None, None)
+    no_norm = None, None, None, 0.0, None, None
+    run_pool("pool_backward", dy, size, dy, which, dx, *no_norm)
     return dx
 
 

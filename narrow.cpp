@@ -298,6 +298,8 @@ void backward(const Images& images, const Images& gradients, const float* turned
                 const float *x[3], *g[3];
                 lines.get_three(number, x);
                 gradient_lines.get_three(number, g);
+
+                // of the weight: line by line of the input around one line of the gradient
                 Ahead ahead = lines_ahead(images, number + 2, 1);
                 for (long row = 0; row < 3; row++)
                     in_groups<LANES / 8>(c_in, [&](auto ins, long c) {
@@ -307,12 +309,16 @@ void backward(const Images& images, const Images& gradients, const float* turned
                                                  length, to, c_in, c_out, ahead);
                         });
                     });
+
+                // of the bias
                 for (long n = 0; n < c_out; n++) {
                     float* to = vectors.at((of_bias + n) * LANES);
                     vec total = get(to);
                     for (long f = 0; f < length; f += LANES) total += get(g[1] + n * apart + f);
                     put(to, total);
                 }
+
+                // of the input, and the sums of its norm while both are at hand
                 if (!dx) continue;
                 auto look = [&](const float* made, long f, long pixels) {
                     for (long c = 0; with_norm && c < c_in; c++) {

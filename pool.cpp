@@ -63,8 +63,8 @@ void pool(const T* x, T* y, uint8_t* from, Norm norm, long lines, long tall, lon
     }
 }
 
-// The sums over pixels, (2, channels), of the gradient before the LeakyReLU, and of its product with
-// the distance of x from the mean. Only the largest values have gradients.
+// The sums over pixels, (2, channels), of the gradient before the LeakyReLU, and of its product
+// with the distance of x from the mean. Only the largest values have gradients.
 template <class T>
 void sum_pooled(const T* dy, const uint8_t* from, const T* x, Norm norm, double* sums, long lines,
                 long tall, long pixels, long wide, long channels) {

@@ -341,6 +341,7 @@ void convolve(const Images& images, const float* weight, const float* bias, floa
                                  kernels.at(i), kernels.block, products.at(i), products.block, c_in,
                                  false, ahead[normed ? i % 2 : 0]);
 
+            // the sums of the norm, while its gradient is at hand
             Buffer some(count);
             auto look = [&](const float* at, long c, vec left, vec right) {
                 if (!normed) return;

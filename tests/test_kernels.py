@@ -115,6 +115,9 @@ def test_the_number_of_threads_changes_no_bit():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             found.append([*all_of(modules[0], one, many), *all_of(modules[1], many, one)])
+            leaf, norm = many.clone().requires_grad_(), fused.NormLeaky(20, 0.1, 0.1)
+            norm(leaf, (2, 2)).pow(2).sum().backward()
+            found[-1] += [leaf.grad, norm.weight.grad, norm.bias.grad]
     finally:
         torch.set_num_threads(threads)
     for some in found[1:]:
