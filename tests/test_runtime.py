@@ -126,6 +126,53 @@ def test_a_scheduler_may_leave_world_size_in_the_environment():
     assert "note: WORLD_SIZE=4 is ignored" in said and "('cpu', 0, 1)" in said and status == 0
 
 
+# memory on a CPU, see runtime.keep_freed_memory()
+MEMORY = """
+import resource, runtime, torch
+def kib(what):
+    return sum(int(line.split()[1]) for line in open("/proc/self/smaps") if what in line)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+runtime.keep_freed_memory()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of its large pages")
+def test_tensors_lie_in_large_pages():
+    with open("/sys/kernel/mm/transparent_hugepage/enabled") as f:
+        if "[never]" in f.read():
+            pytest.skip("large pages are switched off here")
+    code = MEMORY + "x = torch.ones(1 << 26)\nprint(kib('AnonHugePages'))"      # 256 MiB
+    said, status = python(code)
+    assert status == 0 and int(said) > 100 << 10, said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told")
+def test_freed_memory_is_used_again():
+    code = MEMORY + """
+small = []
+for k in range(20):
+    if k == 5:
+        before = faults()
+    large = [torch.ones(1 << 24 + n % 2) for n in range(4)]     # 64 and 128 MiB
+    small = [torch.ones(1000) for n in range(10)]               # these lie in between
+    del large
+print(faults() - before, kib("Rss:") >> 10)"""
+    said, status = python(code)
+    assert status == 0, said
+    new_pages, mib = map(int, said.split())
+    assert new_pages < 2000 and mib < 1600, said    # given back: 192 or 98,304 in each turn
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc is told")
+def test_less_memory_than_is_asked_for_ahead_is_no_error():
+    code = MEMORY.replace("runtime.keep", """
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 30), used + (1 << 30)))
+runtime.keep""") + "print(torch.ones(1 << 26).sum().item())"
+    assert python(code) == ("67108864.0\n", 0)
+
+
 # -----------------------------------------------------------------------------
 # files
 
