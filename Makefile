@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on synthetic music, 8 to 30 minutes on two cores; results/table_demo
+# make demo   the whole pipeline on synthetic music, 6 to 30 minutes on two cores; results/table_demo
 # make test   ruff and all tests, about eight minutes
 # Both build a virtual environment in $(VENV) first. A demo that was stopped goes on.
 

@@ -324,9 +324,8 @@ def keep_freed_memory():
     """Tells glibc to keep freed memory, and Linux to give it out in large pages.
 
     Else the kernel gets it, and gives it out again zeroed: a training step takes 1.6 times as long.
-    PyTorch has large pages too (THP_MEM_ALLOC_ENABLE), but begins each tensor at a multiple of
-    their size. That leaves gaps, and the tail takes up to a GiB more. Other C libraries are left
-    alone.
+    PyTorch has large pages too (THP_MEM_ALLOC_ENABLE), but then begins each tensor at a page, which
+    leaves gaps: the tail takes up to a GiB more. Other C libraries are left alone.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if not hasattr(libc, "mallopt"):
