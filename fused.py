@@ -246,11 +246,16 @@ def winograd_backward(dy, x, weight, line, slope, mean, with_dx):
     return dx, dweight, dbias, sums
 
 
+def deviation_of(var, eps):
+    """sqrt(var + eps), as the kernels have it: PyTorch's float32 is a bit off on AMD processors."""
+    return torch.sqrt((var + eps).double()).float()
+
+
 def norm_line(weight, bias, mean, var, eps):
     """(scale, shift), each (C,), of what normalising is: scale x + shift. None if there is none."""
     if weight is None:
         return None, None
-    scale = weight / torch.sqrt(var + eps)
+    scale = weight / deviation_of(var, eps)
     return scale, bias - mean * scale
 
 
@@ -408,7 +413,7 @@ def pooled_norm_backward(dy, which, x, size, weight, bias, mean, var, eps, slope
     dweight, dbias = norm_backward(dy, x, None, weight, bias, mean, var, eps, slope, sums)
 
     # the gradient of normalising is again a line, see fused.cpp
-    pixels, deviation = x.numel() // len(mean), torch.sqrt(var + eps)
+    pixels, deviation = x.numel() // len(mean), deviation_of(var, eps)
     along = -line[0] * dweight / (deviation * pixels)
     still = -line[0] * dbias / pixels - along * mean
     dx = torch.empty_like(x)
