@@ -177,7 +177,9 @@ print(faults() - before, kib("Rss:") >> 10)"""
     said, status = python(code, OMP_NUM_THREADS=threads)
     assert status == 0, said
     new_pages, mib = map(int, said.split())
-    assert new_pages < 2000 and mib < 1600, said    # given back: 192 or 98,304 in each turn
+    # given back, in each turn there would be 192 large or 98,304 small ones
+    most = 2000 if large_pages()[1] and not room else 150_000
+    assert new_pages < most and mib < 1600, said
 
 
 # -----------------------------------------------------------------------------
