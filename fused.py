@@ -247,7 +247,7 @@ def winograd_backward(dy, x, weight, line, slope, mean, with_dx):
 
 
 def deviation_of(var, eps):
-    """sqrt(var + eps), as the kernels have it: PyTorch's float32 is a bit off on AMD processors."""
+    """sqrt(var + eps) as in fused.cpp: in float32 PyTorch's is off by a bit on some processors."""
     return torch.sqrt((var + eps).double()).float()
 
 

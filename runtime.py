@@ -273,6 +273,7 @@ def check_numbers(config, *positive):
 # device, processes, precision, compilation
 
 HEAP = 4 << 30          # bytes of memory that Linux may give out in large pages
+
 # what the convolutional parts of a network run in, see model.py
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -333,8 +334,9 @@ def keep_freed_memory():
     libc.mallopt(-4, 0)         # M_MMAP_MAX: all is in the heap
     libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD, as size_t: never
 
-    # The heap grows before it is needed, which takes no memory. Is there room? If malloc asked in
-    # vain, glibc would move this thread to another heap, which gives memory back.
+    # Only what the heap holds already can be marked. So it grows first, which takes no memory.
+    # Without room for that there are no large pages: if malloc asked in vain, glibc would move this
+    # thread to another heap, which gives memory back.
     try:
         mmap.mmap(-1, HEAP + mmap.PAGESIZE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
     except (OSError, OverflowError):

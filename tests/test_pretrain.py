@@ -134,6 +134,7 @@ def test_accumulation_and_processes_divide_the_same_batch(demo, tmp_path):
         assert losses[name][0] == pytest.approx(losses["whole"][0], rel=1e-4)
         assert losses[name] == pytest.approx(losses["whole"], rel=0.2)
         assert losses[name] != pytest.approx(losses["whole"], rel=1e-4)
+    # after three updates; 1.1e-5 was seen on an AMD processor, below 1e-5 on an Intel one
     assert losses["synced"] == pytest.approx(losses["whole"], rel=5e-5)
 
 
