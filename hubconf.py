@@ -1,42 +1,42 @@
 """
-The networks without this repository at hand, through torch.hub.
+The networks through torch.hub, without a checkout of this repository.
 
-    import torch
     net = torch.hub.load("OWNER/REPOSITORY", "separator", "vocals")
     tagger = torch.hub.load("OWNER/REPOSITORY", "tagger", "mtat")
 
-With a copy of the repository: torch.hub.load(FOLDER, "separator", "vocals", source="local").
-The authors' weights are fetched once, into torch.hub's own folder.
+With a local copy: torch.hub.load(FOLDER, "separator", "vocals", source="local"). The authors'
+weights are downloaded once, to torch.hub's own folder. Nothing is compiled.
 """
 import os
+import types
 
 import torch
 
 import model
-import released
+import weights
+from weights import released
 
-dependencies = ["torch", "torchaudio", "numpy", "av", "filelock", "tqdm"]
+dependencies = ["torch", "numpy", "tqdm", "google_crc32c"]
 
 
 def separator(source="vocals", device="cpu"):
-    """A separator in eval mode, to be used with net.separate(wave, rate).
+    """A separator in eval mode, with a method net.separate(wave, rate): see model.separate.
 
     source: vocals, bass, drums, other, multisource; or the path of a checkpoint.
     """
     net, _ = _load(source, source, "separator", device)
-    net.separate = lambda wave, rate=model.SAMPLE_RATE: model.separate(net, wave, rate)
+    net.separate = types.MethodType(model.separate, net)
     return net
 
 
 def tagger(dataset="mtat", source="vocals", device="cpu"):
-    """A classifier in eval mode, to be used with net.tag(wave, rate); net.classes are the names.
+    """A classifier in eval mode, with net.classes and net.tag(wave, rate, hop): see model.tag.
 
-    dataset: mtat or fma, and source what its U-Net has learnt to separate; or the path of a
-    checkpoint.
+    dataset: mtat or fma, and source what its U-Net separates; or the path of a checkpoint.
     """
     net, meta = _load(dataset, f"{dataset}_{source}", "classifier", device)
     net.classes = meta["classes"]
-    net.tag = lambda wave, rate=model.SAMPLE_RATE, hop=0.0: model.tag(net, wave, rate, hop)
+    net.tag = types.MethodType(model.tag, net)
     return net
 
 
@@ -44,7 +44,7 @@ def _load(path, name, kind, device):
     if name in released.PLACES:
         released.FOLDER = os.path.join(torch.hub.get_dir(), "checkpoints", "released")
         path = f"released:{name}"
-    net, meta = model.load(path, device)
+    net, meta = weights.load(path, device)
     if meta["kind"] != kind:
         raise ValueError(f"{path} is a {meta['kind']}, not a {kind}")
     return net, meta

@@ -1,28 +1,31 @@
 """
-Networks in other programs: the same answers in onnxruntime, and back from safetensors.
+Exported networks: the same outputs in onnxruntime.
 
     python -m pytest -q tests/test_export.py
 """
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import NARROW, TAIL, noise, randomise, run, weights_of
+from conftest import NARROW, ROOT, TAIL, noise, randomise
 
-import export
 import model
+import weights
+from tools import export
 
 NETS = {
     "four": model.Separator(["vocals", "other", "drums", "bass"], NARROW, "avg"),
     "v1": model.Classifier(3, False, "v1", 5, ["a"], NARROW, tail_widths=TAIL, mel_of_log=True),
-    "ast": model.Classifier(3, True, "ast", 1, ["a"], NARROW, transformer=[16, 4, 2], frames=128),
+    "ast": model.Classifier(3, True, "ast", 1, ["a"], NARROW, transformer=[16, 4, 2]),
 }
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder of NETS as checkpoints."""
+    """The folder with NETS as checkpoints."""
     folder = tmp_path_factory.mktemp("nets")
     for name, net in NETS.items():
         separates = isinstance(net, model.Separator)
@@ -34,21 +37,30 @@ def made(tmp_path_factory):
 
 
 def answer(path, x):
-    """(metadata, what onnxruntime makes of x)."""
+    """(metadata, the output of onnxruntime for x)."""
     ort = pytest.importorskip("onnxruntime")
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["about"])
     return about, session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
 
 
+def run_export(*args):
+    """Runs the script in this process."""
+    before, sys.argv = sys.argv, ["export.py", *map(str, args)]
+    try:
+        export.main()
+    finally:
+        sys.argv = before
+
+
 @pytest.fixture(scope="module")
 def onnx(made):
     pytest.importorskip("onnxscript")
-    run("export.py", *(made / f"{name}.pt" for name in ("four", "v1", "ast")))
+    run_export(*(made / f"{name}.pt" for name in NETS))
     return made
 
 
-def test_masks_and_sources_are_those_of_pytorch_for_any_batch_and_length(onnx):
+def test_onnx_separator_for_any_batch_and_length(onnx):
     net = NETS["four"]
     for batch, k in ((1, 6), (3, 1), (2, 10)):
         wave = noise(batch, 10_240 * k + 352)
@@ -65,7 +77,7 @@ def test_masks_and_sources_are_those_of_pytorch_for_any_batch_and_length(onnx):
 
 
 @pytest.mark.parametrize("name", ["v1", "ast"])
-def test_scores_are_those_of_pytorch_for_any_batch(onnx, name):
+def test_onnx_classifier_for_any_batch(onnx, name):
     net = NETS[name]
     for batch in (1, 5):
         wave = noise(batch, net.crop, seed=batch)
@@ -79,38 +91,31 @@ def test_scores_are_those_of_pytorch_for_any_batch(onnx, name):
         np.testing.assert_allclose(same, want, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_safetensors_load_back_as_the_same_network(made, name, tmp_path):
+def test_export_to_safetensors_from_the_command_line(made, tmp_path):
     pytest.importorskip("safetensors")
-    run("export.py", made / f"{name}.pt", "--to=safetensors", f"--out={tmp_path}")
-    path = tmp_path / f"{name}.safetensors"
-    net, meta = model.load(path)
-    weights = weights_of(made / f"{name}.pt")
-    assert all(torch.equal(net.state_dict()[key], value) for key, value in weights.items())
-    assert meta["step"] == 9 and meta["config"] == {"data": "x"}
-    assert net.args == NETS[name].args
-    # the header can be read without any of our code
-    raw = path.read_bytes()
-    size = int.from_bytes(raw[:8], "little")
-    assert json.loads(json.loads(raw[8:8 + size])["__metadata__"]["about"])["kind"] == meta["kind"]
+    subprocess.run([sys.executable, "-m", "tools.export", made / "v1.pt", "--to=safetensors",
+                    f"--out={tmp_path}/new"], cwd=ROOT, check=True)
+    net, meta = weights.load(tmp_path / "new" / "v1.safetensors")
+    wanted = torch.load(made / "v1.pt", weights_only=True)["model"]
+    assert all(torch.equal(net.state_dict()[key], value) for key, value in wanted.items())
+    assert meta["classes"] == ["one", "two", "drei ö"]
 
 
-def test_what_exists_is_not_replaced_and_junk_is_refused(made, tmp_path):
+def test_existing_files_and_wrong_settings(made, tmp_path):
     pytest.importorskip("safetensors")
-    args = ["export.py", made / "v1.pt", "--to=safetensors", f"--out={tmp_path}"]
-    run(*args)
-    assert "exists" in run(*args, ok=False)
-    run(*args, "--overwrite=True")
-    for name, junk in (("a", b"junk"), ("b", b"\x02\0\0\0\0\0\0\0{}")):
-        (tmp_path / f"{name}.safetensors").write_bytes(junk)
-        with pytest.raises(ValueError, match="not a checkpoint"):
-            model.load(tmp_path / f"{name}.safetensors")
-    assert "name one or more" in run("export.py", ok=False)
-    assert "must be a folder" in run(*args[:3], "--out=a.safetensors", ok=False)
-    assert "to must be one of" in run("export.py", made / "v1.pt", "--to=tflite", ok=False)
+    args = [made / "v1.pt", "--to=safetensors", f"--out={tmp_path}"]
+    run_export(*args)
+    for more, message in (([], "v1.safetensors exists"),
+                          ([made / "v1.pt", "--overwrite=True"], "both be written to"),
+                          (["--out=a.safetensors"], "a.safetensors"), (["--to=tflite"], "tflite")):
+        with pytest.raises(SystemExit, match=message):
+            run_export(*args, *more)
+    with pytest.raises(SystemExit, match="expected checkpoints"):
+        run_export("--to=safetensors")
+    run_export(*args, "--overwrite=True")
 
 
-def test_the_inverse_stft_as_a_convolution_equals_the_plain_one():
+def test_inverse_stft_as_a_convolution():
     net = model.Separator(["vocals"], NARROW).eval()
     wave = noise(2, model.CROP)
     with torch.no_grad():
