@@ -1,7 +1,5 @@
 """
 Songs with stems: your own, MUSDB18-HQ, MUSDB18.
-
-    python -m pytest -q tests/test_songs.py
 """
 import os
 import shutil
@@ -12,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import REAL, encode, index_of, needs_real, prepare, sound, tone
 
-import audio
-import download
+from audio.files import read as read_audio
+from common import download
 from data import TRACKS, Prepared
 from prepare import musdb
 
@@ -44,13 +42,13 @@ def songs(tmp_path):
     return tmp_path
 
 
-def test_songs_get_a_seeded_split(songs):
+def test_songs_without_splits_get_8_1_1(songs):
     assert own(songs) == 0
     split = Counter(item["split"] for item in read(songs / "out" / "stems")[1].values())
     assert split == {"train": 8, "valid": 1, "test": 1}
 
 
-def test_a_missing_stem_is_silence_and_a_missing_mixture_the_sum(songs):
+def test_missing_stem_is_silence_and_missing_mixture_is_the_sum(songs):
     assert own(songs) == 0
     data, found = read(songs / "out" / "stems")
     assert not data.read(found["song 3"], "bass").any()
@@ -60,7 +58,7 @@ def test_a_missing_stem_is_silence_and_a_missing_mixture_the_sum(songs):
         assert (error < 3 / 32768) == is_sum
 
 
-def test_folders_that_are_no_songs_say_why(songs):
+def test_reasons_why_a_folder_is_not_a_song(songs):
     for name, stems in (("only", ["mixture"]), ("typo", ["voice"]), ("nearly", ["bass", "vocal"])):
         for stem in stems:
             sound(songs / "in" / name / f"{stem}.wav", 7)
@@ -74,31 +72,31 @@ def test_folders_that_are_no_songs_say_why(songs):
     (songs / "in" / "cut" / "drums.wav").write_bytes(whole[:100_000])
     assert own(songs) == 3
     left_out = index_of(songs / "out" / "stems")["left_out"]
-    hint = "give it its name, or move it away"
+    hint = "rename that to a stem, or move it away"
     assert {entry["name"]: entry["reason"] for entry in left_out} == {
         "only": "has a mixture, but no stems", "twice": "has two files for bass",
         "typo": f"has no drums, bass, other, vocals, but voice.wav: {hint}",
         "nearly": f"has no drums, other, vocals, but vocal.wav: {hint}",
-        "cut": "drums.wav: it is cut off after 3.1 s; its tracks differ by up to 3.9 s",
+        "cut": "drums.wav: truncated after 3.1 s; track lengths differ by up to 3.9 s",
         "broken": "drums.wav: not audio that FFmpeg can read"}
 
 
-def test_a_song_whose_stem_has_a_tag_behind_it_is_a_song(songs):
+def test_tag_after_the_samples_of_a_stem_is_not_audio(songs):
     path = songs / "in" / "song 1" / "drums.wav"
-    chunk = b"id3 " + (20000).to_bytes(4, "little") + bytes(20000)  # 0.6 s if it were sound
+    chunk = b"id3 " + (20000).to_bytes(4, "little") + bytes(20000)  # 0.6 s if it were audio
     path.write_bytes(path.read_bytes() + chunk)
     assert own(songs) == 0
     assert not index_of(songs / "out" / "stems")["notes"]
 
 
-def test_capital_letters_are_no_other_format(songs):
+def test_file_names_are_case_insensitive(songs):
     for stem in STEMS:
         path = songs / "in" / "song 1" / f"{stem}.wav"
         path.rename(path.with_name(f"{stem.title()}.WAV"))
     assert own(songs) == 0 and len(read(songs / "out" / "stems")[1]) == 10
 
 
-def test_a_stem_that_changed_is_decoded_again(songs):
+def test_changed_stem_is_decoded_again(songs):
     assert own(songs) == 0
     sound(songs / "in" / "song 5" / "drums.wav", 7, seed=1234)
     shutil.rmtree(songs / "in" / "song 6")
@@ -111,13 +109,13 @@ def test_a_stem_that_changed_is_decoded_again(songs):
         assert np.array_equal(data.read(found["song 5"], track), fresh.read(again["song 5"], track))
 
 
-def test_all_songs_or_none_lie_in_folders_of_splits(songs):
+def test_either_all_songs_or_none_are_in_split_folders(songs):
     (songs / "in" / "train").mkdir()
     (songs / "in" / "song 1").rename(songs / "in" / "train" / "song 1")
-    assert "some songs lie in train/" in own(songs)
+    assert "some songs are in train/" in own(songs)
     shutil.rmtree(songs / "in")
     (songs / "in").mkdir()
-    assert "no song folders" in own(songs)
+    assert "no folders with vocals.wav" in own(songs)
 
 
 # -----------------------------------------------------------------------------
@@ -139,7 +137,7 @@ def musdb18(root, *args):
     return prepare(root / "out", "musdb", f"--path={root / 'in'}", "--workers=1", *args)
 
 
-def test_musdb_hq_takes_the_validation_songs_of_the_package(hq, capsys):
+def test_musdb_hq_has_the_validation_songs_of_the_musdb_package(hq, capsys):
     assert musdb18(hq) == 3
     found = read(hq / "out" / "musdb")[1]
     assert {name: item["split"] for name, item in found.items()} == {
@@ -149,13 +147,13 @@ def test_musdb_hq_takes_the_validation_songs_of_the_package(hq, capsys):
 
 
 def pack(root):
-    """The songs once more, packed."""
+    """Packs a copy of the songs."""
     with zipfile.ZipFile(root / "in" / "musdb18hq.zip", "w") as z:
         for p in sorted((root / "in").rglob("*.wav")):
             z.write(p, p.relative_to(root / "in"))
 
 
-def test_a_song_with_missing_stems_is_taken_from_the_archive_or_told(hq):
+def test_incomplete_song_is_read_from_the_archive_or_left_out(hq):
     pack(hq)
     (hq / "in" / "unpacked").mkdir()
     for split in ("train", "test"):
@@ -170,16 +168,16 @@ def test_a_song_with_missing_stems_is_taken_from_the_archive_or_told(hq):
     assert data.read(found["Some - Song"], "vocals").any()
 
 
-def test_a_stem_that_was_cut_while_unpacking_is_noticed(hq):
+def test_truncated_copy_of_a_packed_stem_is_refused(hq):
     pack(hq)
     (hq / "in" / "x").mkdir()
     (hq / "in" / "train").rename(hq / "in" / "x" / "train")
     cut = hq / "in" / "x" / "train" / "Other - Song" / "vocals.wav"
     cut.write_bytes(cut.read_bytes()[:60000])
-    assert "two files that differ would be Other - Song" in musdb18(hq)
+    assert "Other - Song has two copies of different size" in musdb18(hq)
 
 
-def test_stem_files_need_no_program(tmp_path, monkeypatch):
+def test_stem_files_are_read_without_an_ffmpeg_program(tmp_path, monkeypatch):
     wave = np.stack([tone(300, 44100, 7), tone(300, 44100, 7) / 2], 1)
     for split, title in TITLES:
         (tmp_path / "in" / split).mkdir(parents=True, exist_ok=True)
@@ -197,24 +195,24 @@ def test_stem_files_need_no_program(tmp_path, monkeypatch):
         assert loudness == pytest.approx(0.375 / (k + 1), rel=0.05)
 
 
-def test_other_forms_of_musdb_are_not_mixed(hq):
+def test_musdb_hq_and_previews_are_not_mixed(hq):
     assert musdb18(hq) == 3
     answer = musdb18(hq, "--download=True")
-    assert "holds MUSDB18-HQ, not MUSDB18, previews of 7 seconds" in answer
+    assert "has MUSDB18-HQ, not MUSDB18, previews of 7 seconds" in answer
 
 
-def test_the_previews_are_those_of_the_package():
+def test_url_of_the_previews():
     folder, tables, archives = musdb.downloads(download=True)
     assert folder == "musdb_7s" and not tables
     assert archives[0][0].endswith("/MUSDB18-7-STEMS.zip")
 
 
-def test_songs_that_are_decoded_need_no_files(hq, monkeypatch, capsys):
+def test_decoded_songs_need_no_files(hq, monkeypatch, capsys):
     raw = hq / "out" / "raw" / "musdb_hq"
     raw.parent.mkdir(parents=True)
     (hq / "in").rename(raw)
 
-    def fetch(wanted, folder, elsewhere):
+    def fetch(wanted, folder, hint):
         os.makedirs(folder, exist_ok=True)
 
     monkeypatch.setattr(download, "fetch", fetch)
@@ -227,11 +225,11 @@ def test_songs_that_are_decoded_need_no_files(hq, monkeypatch, capsys):
 
 
 @needs_real
-def test_a_real_stem_file_is_read_like_by_stempeg(tmp_path):
+def test_real_stem_file_equals_stempeg(tmp_path):
     stempeg = pytest.importorskip("stempeg", exc_type=(ImportError, RuntimeError))
     song = next((REAL / "stems").rglob("*.stem.mp4"))
     reference, rate = stempeg.read_stems(str(song))                             # (5, N, 2)
     for k in range(5):
-        wave, its_rate, damage = audio.read(song, k)
-        assert its_rate == rate and not damage
+        wave, file_rate, damage = read_audio(song, k)
+        assert file_rate == rate and not damage
         assert np.abs(wave - reference[k].mean(1)).max() < 1e-4
