@@ -23,11 +23,11 @@ tasks = {
     "genre": f"config/demo_genre.py --data=data/emotify_genre {_clips}",
 }
 rows = {
-    "tail": "config/tail.py",
+    "tail": "--variant=tail",
     "scratch": "",
     "vocals": "--init={vocals} --unet_lr=0.1",
     "three": "--init={three} --unet_lr=0.1",
-    # both halves have learnt already: half the epochs
+    # both halves are trained already: half the epochs
     "joined": "--variant=v3 --init={three} --tail={tail} --unet_lr=0.1 --epochs=8",
 }
 labels = {1.0: "", 0.25: "--epochs=24"}

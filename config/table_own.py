@@ -5,8 +5,8 @@
 # With a column "fold" in the table of clips: --folds=0,1,2,3
 tasks = {"genre": "config/own_genre.py"}
 rows = {
-    "tail": "config/tail.py",
-    "scratch": "config/scratch.py",
+    "tail": "--variant=tail",
+    "scratch": "",
     "vocals": "--init=released:vocals",
     "multisource": "--init=released:multisource",
 }

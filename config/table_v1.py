@@ -11,8 +11,8 @@ separators = {
 }
 tasks = {"mtat": "config/mtat.py", "fma": "config/fma.py"}
 rows = {
-    "tail": "config/tail.py",
-    "scratch": "config/scratch.py",
+    "tail": "--variant=tail",
+    "scratch": "",
     "vocals": "--init={vocals}",
     "bass": "--init={bass}",
     "drums": "--init={drums}",

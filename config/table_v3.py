@@ -1,9 +1,9 @@
-# The table of the paper's second version: two trained halves are joined through adapters, with a
-# convolutional tail or a transformer. First, apart from the datasets of config/table_v1.py:
+# The table of the paper's v3: two trained halves are joined by adapters, with a convolutional tail
+# or a transformer. First, besides the datasets of config/table_v1.py:
 #     python prepare_data.py gtzan --path=FOLDER
 # Then:
 #     python table.py config/table_v3.py
-# For the transformer's published weights add --vit=ViT-B_16.npz to the rows of config/ast.py.
+# For published transformer weights add --vit=ViT-B_16.npz to the rows with config/ast.py.
 separators = {
     "vocals": "config/vocals.py",
     "multisource": "config/multisource.py",
@@ -14,7 +14,7 @@ tasks = {
     "gtzan": "config/fma.py --data=data/gtzan --chunk=0",
 }
 rows = {
-    "tail": "config/tail.py",
+    "tail": "--variant=tail",
     "scratch": "--variant=v3",
     "vocals": "--variant=v3 --init={vocals} --tail={tail}",
     "multisource": "--variant=v3 --init={multisource} --tail={tail}",

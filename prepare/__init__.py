@@ -1,6 +1,6 @@
-"""Datasets to the prepared format of data.py. A dataset is one file here; prepare_data.py runs it.
+"""One file per dataset, run by prepare_data.py, and what they share.
 
-`python prepare_data.py NAME` takes NAME.py. Such a file has a function `listing` that returns a
-store.Listing: who is in which split, with which labels, and in which file. Its lower-case
-assignments are settings of the command line. `downloads` says where the data comes from.
+`python prepare_data.py NAME` runs NAME.py. Its function `listing` returns a store.Listing: items
+with splits, labels and files. Its lower-case assignments are settings of the command line. An
+optional function `downloads` returns the folder in OUT/raw/, and (URL, checksum) of its files.
 """

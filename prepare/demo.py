@@ -1,30 +1,30 @@
 """
-The demo's synthetic music: small songs from a seed, with NumPy alone.
+The demo's synthetic music: short songs from a seed, made with NumPy.
 
     python prepare_data.py demo     # data/demo_songs to separate, data/demo_clips to tag
 
 Drums, bass, other and vocals play on one grid of sixteenths, in one key, at random tempo and
 levels. Bass and accompaniment share their low notes, accompaniment and voice their whole range:
-pitch alone does not tell the sources apart.
+pitch alone does not separate the sources.
 
 The tags are a miniature of MagnaTagATune's 50: instruments, kinds of voice, no voice, genres,
-tempo, loudness and mood, in about its proportions. The genre follows from drums and bass. Few clips
-are labelled, so that what separation taught can matter.
+tempo, loudness and mood, in similar proportions. The genre depends on drums and bass. There are few
+labelled clips, so that pre-training can make a difference.
 """
 import functools
 
 import numpy as np
 
-from audio import to_int16
+from audio.files import to_int16
 from data import SPLITS, TRACKS
 from model import SAMPLE_RATE
 from prepare.decode import describe
 from prepare.store import Listing
 
-songs = [40, 8, 6]      # demo: songs with stems for train, valid, test
-song_seconds = 24       # demo: length of each
-clips = [96, 40, 200]   # demo: labelled clips for train, valid, test; each from a song of its own
-clip_seconds = 6        # demo: length of each
+songs = [40, 8, 6]      # demo: number of songs with stems for train, valid, test
+song_seconds = 24       # demo: length of a song
+clips = [96, 40, 200]   # demo: number of labelled clips for train, valid, test
+clip_seconds = 6        # demo: length of a clip
 
 DRUMS = {  # hits on a bar of 16 sixteenths: kick, snare, hat
     "four on the floor": ((0, 4, 8, 12), (4, 12), (2, 6, 10, 14)),
@@ -49,13 +49,13 @@ TABLE = 2048            # samples of one period
 def listing(seed, songs, song_seconds, clips, clip_seconds):
     """The listings of demo_songs and demo_clips."""
     if len(songs) != 3 or len(clips) != 3 or min(*songs, *clips, song_seconds, clip_seconds) < 1:
-        raise ValueError("songs and clips are three positive numbers each, for train, valid and "
-                         "test, and the lengths are positive")
-    return [one_folder("stems", "demo_songs", seed, songs, song_seconds),
-            one_folder("clips", "demo_clips", seed, clips, clip_seconds)]
+        raise ValueError("songs and clips must be three positive numbers each, for train, valid "
+                         "and test, and the lengths positive")
+    return [folder_listing("stems", "demo_songs", seed, songs, song_seconds),
+            folder_listing("clips", "demo_clips", seed, clips, clip_seconds)]
 
 
-def one_folder(kind, name, seed, counts, seconds):
+def folder_listing(kind, name, seed, counts, seconds):
     splits = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
     items = [{"name": f"{name[5:-1]} {i}", "split": split} for i, split in enumerate(splits)]
     classes = None
@@ -72,7 +72,7 @@ def one_folder(kind, name, seed, counts, seconds):
 
 
 def generator(kind, seed, number):
-    """The random numbers of one item follow from the seed and its number."""
+    """The random generator of one item."""
     return np.random.default_rng([seed, ("stems", "clips").index(kind), number])
 
 
@@ -87,13 +87,13 @@ def make(kind, seed, seconds, source):
 
 
 # -----------------------------------------------------------------------------
-# what is random about a song, and its labels
+# a song's parameters and labels
 
 def sketch(rng, full=False):
-    """What is random about a song, as a dictionary. full: all four sources play."""
+    """The random parameters of a song as a dictionary. full: all four sources play."""
     genre = list(GENRES)[rng.integers(len(GENRES))]
     drums, bass = GENRES[genre]
-    if rng.random() < 0.15:  # genres are leanings, not laws
+    if rng.random() < 0.15:  # exceptions from the genre
         drums = list(DRUMS)[rng.integers(len(DRUMS))]
     if rng.random() < 0.15:
         bass = BASSES[rng.integers(len(BASSES))]
@@ -111,10 +111,10 @@ def sketch(rng, full=False):
 
 
 def labels(song):
-    """Names of the tags of a song."""
+    """The tags of a song."""
     voice = song["voice"]
     levels = 20 * np.log10(song["gains"])           # dB of drums, bass, other, vocals: -10 to 0
-    holds = {
+    applies = {
         song["figure"]: True, song["genre"]: True, voice: True,
         "drums": song["drums"] != "no drums",
         "voice": voice is not None,
@@ -123,26 +123,23 @@ def labels(song):
         "fast": song["bpm"] > 120,
         "loud": levels.mean() > -5,
         "minor key": song["minor"]}
-    return [tag for tag in TAGS if holds.get(tag)]
+    return [tag for tag in TAGS if applies.get(tag)]
 
 
 # -----------------------------------------------------------------------------
 # notes
 
 def hertz(song, degree, low):
-    """Frequency of a scale degree: 0 is the root, 7 the octave.
-
-    The root lies in the first octave that begins at or above MIDI note `low`.
-    """
+    """Frequency of a scale degree; 0 is the root, the first one at or above MIDI note `low`."""
     root = low + (song["root"] - low) % 12
     note = root + 12 * (degree // 7) + song["scale"][degree % 7]
     return 440.0 * 2 ** ((note - 69) / 12)
 
 
 def wavetable(amplitudes):
-    """One period of TABLE samples with these amplitudes of its harmonics, at unit power."""
+    """One period of TABLE samples with these amplitudes of the harmonics, at unit power."""
     spectrum = np.zeros(TABLE // 2 + 1, complex)
-    phases = np.exp(2j * np.pi * np.arange(len(amplitudes)) ** 2 / 7)  # spread the crests
+    phases = np.exp(2j * np.pi * np.arange(len(amplitudes)) ** 2 / 7)  # lowers the peaks
     spectrum[1:len(amplitudes) + 1] = np.asarray(amplitudes) * phases
     table = np.fft.irfft(spectrum)                                              # (TABLE,)
     return table / (np.sqrt((table ** 2).mean()) + 1e-9)
@@ -150,17 +147,16 @@ def wavetable(amplitudes):
 
 def add_note(out, start, seconds, table, frequency, attack, decay, gain=1.0, vibrato=0.0,
              glide=1.0):
-    """Adds a note to `out` at sample `start`.
+    """Adds a note to `out` at sample `start`: linear attack, exponential decay, short release.
 
-    Linear attack, exponential decay and a short release; vibrato is a share of the pitch; a glide
-    below 1 comes from below.
+    vibrato: its depth as a fraction of the frequency. glide: initial frequency, relative.
     """
     n = min(int(seconds * SAMPLE_RATE), len(out) - start)
     if n <= 0:
         return
     t = np.arange(n) / SAMPLE_RATE
     bend = np.ones(n)
-    if vibrato:         # most notes have neither, and sines take long
+    if vibrato:         # most notes have neither, and computing sines is slow
         bend += vibrato * np.sin(2 * np.pi * 5.5 * t)
     if glide != 1:
         bend += (glide - 1) * np.exp(-t / 0.05)
@@ -197,8 +193,8 @@ def drums(song, n, rng):
     for k, at in steps(song, n):
         for hit, places in zip((kick, snare, hat), DRUMS[song["drums"]], strict=True):
             if k % 16 in places:
-                room = min(len(hit), n - at)
-                out[at:at + room] += rng.uniform(0.7, 1.0) * hit[:room]
+                count = min(len(hit), n - at)
+                out[at:at + count] += rng.uniform(0.7, 1.0) * hit[:count]
     return 1.6 * out
 
 

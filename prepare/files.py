@@ -1,8 +1,8 @@
 """
-What lies in a folder, zip archives included.
+The files of a dataset: in a folder, and inside its zip archives.
 
-A source is {"file": path} or {"file": member, "zip": [paths of the parts]}: archives are read as
-they are. "stream" may name one of several audio streams.
+A source is {"file": path} or {"file": member, "zip": [paths of the parts]}: archives are read
+without unpacking them. "stream" selects one of several audio streams.
 """
 import csv
 import functools
@@ -12,8 +12,9 @@ import re
 import struct
 import unicodedata
 import zipfile
+from itertools import accumulate
 
-from audio import Broken
+from audio.files import Broken
 
 AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au",
          ".snd", ".caf", ".w64", ".rf64", ".bw64", ".bwf", ".m4a", ".m4b", ".mp4", ".aac", ".ac3",
@@ -21,7 +22,7 @@ AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aif
 
 
 def nfc(text):
-    """The composed form: the same name may be written in two ways, by two systems."""
+    """Composed Unicode: two systems may spell the same file name differently."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -33,21 +34,16 @@ def is_audio(name):
 # zip archives
 
 class Parts(io.RawIOBase):
-    """The parts of a split archive as one file to read."""
+    """The parts of a split archive as one readable file."""
 
     def __init__(self, paths):
-        self.files = [open(path, "rb") for path in paths]
-        self.ends, self.at = [0], 0
-        for path in paths:
-            self.ends.append(self.ends[-1] + os.path.getsize(path))
+        self.files, self.at = [open(path, "rb") for path in paths], 0
+        self.ends = [0, *accumulate(os.path.getsize(path) for path in paths)]
 
     def readable(self):
         return True
 
     seekable = readable
-
-    def tell(self):
-        return self.at
 
     def seek(self, offset, whence=os.SEEK_SET):
         self.at = offset + (0, self.at, self.ends[-1])[whence]
@@ -66,61 +62,60 @@ class Parts(io.RawIOBase):
 @functools.lru_cache(4)
 def open_zip(paths):
     """A zip file in one or several parts. zipfile.BadZipFile if it is not one."""
-    if len(paths) == 1:
-        return zipfile.ZipFile(paths[0])
-    return zipfile.ZipFile(io.BufferedReader(Parts(paths), 1 << 20))
+    whole = len(paths) == 1
+    return zipfile.ZipFile(paths[0] if whole else io.BufferedReader(Parts(paths), 1 << 20))
 
 
 def open_source(source):
-    """An open binary file. Broken if it cannot be taken out of its archive."""
+    """An open binary file. Broken if it cannot be extracted from its archive."""
     if "zip" not in source:
         return open(source["file"], "rb")
     try:
         return io.BytesIO(open_zip(tuple(source["zip"])).read(source["file"]))
     except MemoryError:
         raise
-    except Exception as e:  # zipfile and its decompressors have no common class of error
-        raise Broken(f"cannot be taken out of its archive ({e})") from e
+    except Exception as e:  # zipfile and its decompressors have no common exception class
+        raise Broken(f"cannot be extracted from its archive ({e})") from e
 
 
 def stamp(source):
-    """[size, time of change] of a file; of an archive's member [size, "crc", checksum].
+    """[size, mtime in ns] of a file; of an archive member [size, "crc", checksum].
 
-    None if the file is not there: a link to nowhere.
+    None if the file does not exist, as for a dangling link.
     """
     if "zip" in source:
         member = open_zip(tuple(source["zip"])).getinfo(source["file"])
         return [member.file_size, "crc", member.CRC]
     try:
-        found = os.stat(source["file"])
+        status = os.stat(source["file"])
     except OSError:
         return None
-    return [found.st_size, found.st_mtime_ns]
+    return [status.st_size, status.st_mtime_ns]
 
 
 # -----------------------------------------------------------------------------
-# what lies in a folder
+# folders
 
 def walk(root):
-    """The files under a folder, in order.
+    """The files under a folder, sorted.
 
-    Linked folders come last, and only if they lead to something else: a link from one class to
+    Links to folders are followed last, and only to files not seen yet: a link from one class to
     another must not take its files away.
     """
     def stop(e):
-        raise ValueError(f"the folder {e.filename} cannot be read ({e.strerror}): make it "
-                         "readable, or move it away")
+        raise ValueError(f"folder {e.filename} cannot be read ({e.strerror}): make it readable, or "
+                         "move it away")
 
-    seen, starts = set(), [root]
+    visited, starts = set(), [root]
     for start in starts:
         for base, folders, names in os.walk(start, onerror=stop):
-            if os.path.realpath(base) in seen:
-                print(f"passed over {base}: it leads to files that are there already")
+            if os.path.realpath(base) in visited:
+                print(f"skipped {base}: a link to files that are listed already")
                 folders.clear()
                 continue
-            seen.add(os.path.realpath(base))
+            visited.add(os.path.realpath(base))
             if not folders and not names:
-                print(f"passed over {base}: it is empty")
+                print(f"skipped {base}: empty")
             folders[:] = sorted(f for f in folders if f[0] != "." and f != "__MACOSX")
             inside = [os.path.join(base, f) for f in folders]
             starts.extend(path for path in inside if os.path.islink(path))
@@ -130,7 +125,7 @@ def walk(root):
 def inventory(root, skip=()):
     """{name: source} of the files under a folder and inside its zip archives.
 
-    Names are relative, with / between folders, in composed Unicode. Unpacked files come first.
+    Names are relative, with / as separator, in composed Unicode. Unpacked files take precedence.
     skip: base names of archives that need not be opened.
     """
     files, packed = {}, {}
@@ -142,8 +137,8 @@ def inventory(root, skip=()):
         elif not full.endswith((".part", ".tmp")):
             name = nfc(os.path.relpath(full, root).replace(os.sep, "/"))
             if name in files:
-                raise ValueError(f"{full} and {files[name]['file']} have one name, in two "
-                                 "spellings of Unicode: rename or delete one")
+                raise ValueError(f"{full} and {files[name]['file']} have the same name, in two "
+                                 "Unicode spellings: rename or delete one")
             files[name] = {"file": full}
     for archive, paths in packed.items():
         for member in members(archive, paths):
@@ -153,80 +148,78 @@ def inventory(root, skip=()):
 
 def members(archive, paths):
     """The names of the files in an archive. ValueError if a part of it is missing or damaged."""
-    parts = [f"{archive}.{k + 1:03d}" for k in range(len(paths))]
-    if paths != parts and paths != [archive]:
-        if archive in paths:
-            raise ValueError(f"{archive} lies beside its own parts: move away one or the other")
-        there = ", ".join(os.path.basename(path) for path in paths)
-        raise ValueError(f"of {archive} there are {there}: a part is missing, or too many")
-    try:
-        names = open_zip(tuple(paths)).namelist()
-    except (zipfile.BadZipFile, NotImplementedError, struct.error) as e:
-        raise ValueError(f"{', '.join(paths)} is not a complete zip archive ({e}): are all its "
-                         "parts there?") from e
+    names, problem = [], ""
+    if archive in paths and len(paths) > 1:
+        problem = "an archive beside its own parts: move one or the other away"
+    elif paths not in ([archive], [f"{archive}.{k + 1:03d}" for k in range(len(paths))]):
+        problem = "a part is missing, or there is one too many"
+    else:
+        try:
+            names = open_zip(tuple(paths)).namelist()
+        except (zipfile.BadZipFile, NotImplementedError, struct.error) as e:
+            problem = f"not a complete zip archive ({e})"
+    if problem:
+        raise ValueError(f"{archive} ({', '.join(map(os.path.basename, paths))}): {problem}")
     hidden = re.compile(r"(^|/)(\.|__MACOSX/)")
     return sorted(name for name in names if not name.endswith("/") and not hidden.search(name))
 
 
 def contents(files, name, needed=True):
-    """The bytes of a file by its last name, wherever it lies.
+    """The bytes of the first file with this base name.
 
-    If it is not there: ValueError if it is needed, else None.
+    Without such a file: ValueError if it is needed, else None.
     """
     for file, source in files.items():
         if file.split("/")[-1] == name:
             with open_source(source) as f:
                 return f.read()
     if needed:
-        raise ValueError(f"no {name} there: --path must be the folder in which the dataset lies "
-                         "with its tables")
+        raise ValueError(f"{name} not found: --path must be the folder of the dataset with its "
+                         "tables")
     return None
 
 
 def table(raw, delimiter=",", name=""):
-    """Yields (line number, cells) of the rows of a CSV file given as bytes, without blank ones.
+    """Yields (line number, cells) of the rows of a CSV file given as bytes, except blank ones.
 
-    ValueError, which begins with `name`, if it is not UTF-8 text, or if a row has another number
-    of cells than the first.
+    ValueError, prefixed by `name`, if it is not UTF-8 or the number of cells per row varies.
     """
     csv.field_size_limit(1 << 24)  # FMA's biographies are long
-    width = 0
+    width, rows = 0, None
     try:
-        text = io.StringIO(raw.decode("utf-8-sig"), newline="")
-        rows = csv.reader(text, delimiter=delimiter, strict=True)
+        rows = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=delimiter,
+                          strict=True)
         for row in rows:
             if not any(cell.strip() for cell in row):
                 continue
             width = width or len(row)
             if len(row) != width:
-                raise ValueError(f"{name}line {rows.line_num} has {len(row)} cells instead of "
-                                 f"{width}: is the file complete?")
+                raise csv.Error(f"{len(row)} cells instead of {width}")
             yield rows.line_num, row
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{name}not UTF-8 text ({e}): save it as UTF-8") from e
-    except csv.Error as e:
-        raise ValueError(f"{name}line {rows.line_num}: {e}: is the file complete?") from e
+    except (UnicodeDecodeError, csv.Error) as e:
+        where = f"line {rows.line_num}: " if rows else "not UTF-8: "
+        raise ValueError(f"{name}{where}{e}: is the file complete?") from e
 
 
-def by_name(files, name_of, wanted):
-    """{name: [source]} of the audio files whose name_of(file) is wanted.
+def by_name(files, name_of, items):
+    """{name: [source]} of the items: the audio files whose name_of(file) is the item's name.
 
-    Of several copies the unpacked one is taken. ValueError if they differ in size.
+    An unpacked copy takes precedence over a packed one. ValueError if their sizes differ.
     """
-    found = {}
+    found, wanted = {}, {item["name"] for item in items}
     for file, source in files.items():
         name = name_of(file)
         if name in wanted and is_audio(file):
-            refuse_other(name, found.setdefault(name, source), source)
+            check_copies(name, found.setdefault(name, source), source)
     return {name: [source] for name, source in found.items()}
 
 
-def refuse_other(name, first, second):
-    """ValueError if two copies of what should be one file differ in size: one is cut off."""
+def check_copies(name, first, second):
+    """ValueError if two copies of one file differ in size: one is truncated."""
     def place(source):
         return source["file"] + (f" in {source['zip'][0]}" if "zip" in source else "")
 
     same_kind = os.path.splitext(first["file"])[1] == os.path.splitext(second["file"])[1]
     if same_kind and (stamp(first) or [0])[0] != (stamp(second) or [0])[0]:
-        raise ValueError(f"two files that differ would be {name}: {place(first)} and "
+        raise ValueError(f"{name} has two copies of different size, {place(first)} and "
                          f"{place(second)}: move the wrong one out of --path")

@@ -1,11 +1,13 @@
 """
-FMA: tracks of 30 s with one of 16 genres.
+FMA (Defferrard et al. 2017): tracks of 30 s with one of 16 genres.
 
     python prepare_data.py fma --subset=medium
 """
+from common import settings
 from prepare.files import by_name, contents, table
 from prepare.splits import SPLIT_NAMES
 from prepare.store import Listing
+from weights.released import GENRES
 
 subset = "medium_minus_small"   # fma: medium_minus_small (the paper's "medium"), medium or small
 
@@ -14,15 +16,11 @@ TABLES = [(BASE + "fma_metadata.zip", "sha1:f0df49ffe5f2a6008d7dc83c6915b31835df
 SMALL = [(BASE + "fma_small.zip", "sha1:ade154f733639d52e35e32f5593efe5be76c6d70")]
 MEDIUM = [(BASE + "fma_medium.zip", "sha1:c67b69ea232021025fca9231fc1c7c1a063ab50b")]
 
-GENRES = [  # in the order of the authors' models
-    "Electronic", "Instrumental", "Hip-Hop", "Country", "Spoken", "Old-Time / Historic",
-    "Classical", "Blues", "International", "Pop", "Folk", "Jazz", "Experimental",
-    "Easy Listening", "Rock", "Soul-RnB"]
-# what to call each subset, its values in tracks.csv, and its tracks without those left out
+# name -> (description, values of "subset" in tracks.csv, number of usable tracks)
 SUBSETS = {
-    "medium_minus_small": ("medium without small (17,000 tracks; what the paper's first version "
-                           "calls medium)", {"medium"}, 16985),
-    "medium": ("medium (25,000 tracks, small ones included)", {"small", "medium"}, 24979),
+    "medium_minus_small": ("medium without small (17,000 tracks; \"medium\" in the first version "
+                           "of the paper)", {"medium"}, 16985),
+    "medium": ("medium (25,000 tracks, including small)", {"small", "medium"}, 24979),
     "small": ("small (8,000 tracks)", {"small"}, 7994)}
 UNUSABLE = set(
     "001486 005574 065753 080391 098558 098559 098560 098565 098566 098567 098568 098569 098571 "
@@ -36,15 +34,13 @@ def downloads(subset="medium_minus_small"):
 def listing(files, subset="medium_minus_small"):
     """Genres are in the order of the authors' models, without those that the subset lacks.
 
-    Audio may lie as FMA ships it (fma_medium/000/000002.mp3) or flat.
+    Audio files may be in FMA's folders (fma_medium/000/000002.mp3) or in one folder.
     """
-    if subset not in SUBSETS:
-        raise ValueError(f"subset must be one of {', '.join(SUBSETS)}, got {subset!r}")
+    settings.choose("subset", subset, SUBSETS)
     genres, items, left_out = labels(contents(files, "tracks.csv"), subset)
-    names = {item["name"] for item in items}
-    sources = by_name(files, lambda file: file.split("/")[-1], names)
-    what, _, count = SUBSETS[subset]
-    return Listing(f"FMA, {what}", "FMA", "clips", items, sources, left_out, {"genre": genres},
+    sources = by_name(files, lambda file: file.split("/")[-1], items)
+    title, _, count = SUBSETS[subset]
+    return Listing(f"FMA, {title}", "FMA", "clips", items, sources, left_out, {"genre": genres},
                    count)
 
 
@@ -57,18 +53,18 @@ def labels(tracks, subset):
     if missing:
         raise ValueError(f"tracks.csv has no {' and no '.join(missing)} in its three header rows: "
                          "is it FMA's, and unedited?")
-    split, its_subset, genre = (column[name] for name in needed)
+    split, part, genre = (column[name] for name in needed)
     chosen = []
     for row in rows[3:]:
-        wanted = row[its_subset] in SUBSETS[subset][1]
+        wanted = row[part] in SUBSETS[subset][1]
         if not row[0].isdecimal() or wanted and row[split] not in SPLIT_NAMES:
             raise ValueError(f"tracks.csv: track {row[0]!r} has the split {row[split]!r}: is the "
                              "file unedited?")
         if wanted:
             chosen.append((f"{int(row[0]):06d}", row))
     chosen.sort()
-    found = {row[genre] for _, row in chosen}
-    genres = [name for name in GENRES if name in found]
+    present = {row[genre] for _, row in chosen}
+    genres = [name for name in GENRES if name in present]
     items, left_out = [], []
     for number, row in chosen:
         name = f"{number}.mp3"

@@ -1,5 +1,5 @@
 """
-MUSDB18: 150 songs with four stems; the 14 validation songs are those of the musdb package.
+MUSDB18 (Rafii et al. 2017): 150 songs with four stems; validation songs as in the musdb package.
 
     python prepare_data.py musdb                    # MUSDB18, .stem.mp4 files, 4.7 GB
     python prepare_data.py musdb --hq=True          # MUSDB18-HQ, wav files, 23 GB
@@ -8,13 +8,13 @@ MUSDB18: 150 songs with four stems; the 14 validation songs are those of the mus
 import importlib.util
 import os
 
-from prepare.files import refuse_other
+from prepare.files import check_copies
 from prepare.splits import split_of_folder
 from prepare.stems import song_sources
 from prepare.store import Listing
 
 hq = False          # musdb: MUSDB18-HQ, wav files, 23 GB
-download = False    # musdb: 7 seconds of 144 songs, 0.15 GB, to try things with
+download = False    # musdb: 7 seconds of 144 songs, 0.15 GB, for first experiments
 
 COMPRESSED = [("https://zenodo.org/records/1117372/files/musdb18.zip",
                "md5:af06762477334799bfc5abf237648207")]
@@ -24,7 +24,7 @@ STREAMS = 5         # of a .stem.mp4, in the order of TRACKS
 
 
 def setup():
-    """What the musdb package knows. It is not imported: that fails without an ffmpeg program."""
+    """Settings of the musdb package, which cannot be imported without an ffmpeg program."""
     import yaml
     package = importlib.util.find_spec("musdb").submodule_search_locations[0]
     with open(os.path.join(package, "configs", "mus.yaml"), encoding="utf-8") as f:
@@ -38,27 +38,27 @@ def downloads(hq=False, download=False):
 
 
 def listing(files, download=False):
-    """train/ without the validation songs, these, and test/: 86 / 14 / 50."""
+    """86 / 14 / 50 songs: train/ without the validation songs, these, and test/."""
     wav = {name: source for name, source in files.items()
            if name.lower().endswith(".wav") and split_of_folder(os.path.dirname(name))}
     songs, left_out = song_sources(wav, whole=True)
-    of = "MUSDB18-HQ"
+    title = "MUSDB18-HQ"
     if not songs:
-        songs, of, left_out = stem_files(files), "MUSDB18", []
+        songs, title, left_out = stem_files(files), "MUSDB18", []
     if download:
-        of = "MUSDB18, previews of 7 seconds"
+        title = "MUSDB18, previews of 7 seconds"
     songs = unpacked_first(songs)
     validation = setup()["validation_tracks"]
     items, sources = [], {}
     for song, tracks in sorted(songs.items()):
-        title, split = song.split("/")[-1], split_of_folder(song)
-        if split == "train" and title in validation:
+        name, split = song.split("/")[-1], split_of_folder(song)
+        if split == "train" and name in validation:
             split = "valid"
-        items.append({"name": title, "split": split})
-        sources[title] = tracks
+        items.append({"name": name, "split": split})
+        sources[name] = tracks
     named = [{**entry, "name": entry["name"].split("/")[-1]} for entry in left_out]
     left_out = [entry for entry in named if entry["name"] not in sources]
-    return Listing(of, of, "stems", items, sources, left_out,
+    return Listing(title, title, "stems", items, sources, left_out,
                    count=144 if download else [86, 14, 50])
 
 
@@ -73,7 +73,7 @@ def stem_files(files):
 
 
 def unpacked_first(songs):
-    """Songs that lie in train/ or test/; of two copies of a song the one that is not packed."""
+    """Songs in train/ or test/; of two copies of a song the unpacked one."""
     def packed(song):
         return any("zip" in source for source in songs[song])
 
@@ -82,6 +82,6 @@ def unpacked_first(songs):
         split = split_of_folder(song)
         if split:
             first = copies.setdefault((split, song.split("/")[-1]), song)
-            for ours, other in zip(songs[first], songs[song], strict=True):
-                refuse_other(song.split("/")[-1], ours, other)
+            for kept, other in zip(songs[first], songs[song], strict=True):
+                check_copies(song.split("/")[-1], kept, other)
     return {song: songs[song] for song in copies.values()}

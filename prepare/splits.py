@@ -1,5 +1,5 @@
 """
-Train, valid and test for data that has no split of its own.
+Stratified train, valid and test splits for data that has none.
 """
 import numpy as np
 
@@ -10,7 +10,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing":
 
 
 def split_of_folder(path):
-    """The split that a folder on the way names, as in "train/Artist - Title", or None."""
+    """The split that a parent folder names, as in "train/Artist - Title", or None."""
     for part in path.split("/")[:-1]:
         if part.lower() in SPLIT_NAMES:
             return SPLIT_NAMES[part.lower()]
@@ -18,9 +18,9 @@ def split_of_folder(path):
 
 
 def divide(items, task, shares, seed):
-    """Gives the items without a split one: stratified by the classes of `task`, if there is one.
+    """Assigns a split to items without one, stratified by the classes of `task` if they have it.
 
-    Items of one group stay together.
+    Groups are not divided.
     """
     free = [item for item in items if not item["split"]]
     labels = [item.get(task, []) for item in free]
@@ -32,19 +32,19 @@ def divide(items, task, shares, seed):
 def split_evenly(labels, groups, shares, seed):
     """A split for each item, from its class numbers and its group.
 
-    Every class is spread over train, valid and test in these shares, and no group is split up.
-    No split with a share is left empty if there are as many groups as splits. The answer is the
-    same for the same items and seed, in whatever order they come.
+    Every class is divided into train, valid and test by these shares, and no group is divided. No
+    split with a share is left empty if there are as many groups as splits. The result depends on
+    the items and the seed, not on the order of the items.
 
-    Iterative stratification (Sechidis et al. 2011), whole groups at a time. The rarest class that
-    is left comes first. Its groups go one by one to the split that lacks most of the class. Of
-    splits that lack about as much, one with room is taken, and of these the emptiest.
+    Iterative stratification (Sechidis et al. 2011), by groups. The rarest remaining class comes
+    first. Its groups go one by one to the split that lacks most of the class; among splits that
+    lack about as much, to one with space for the group, and among these to the emptiest.
     """
     names, counts, sizes = count_groups(labels, groups, seed)
     shares = np.array(shares) / sum(shares)
-    asked = np.flatnonzero(shares)
+    wanted_splits = np.flatnonzero(shares)
     wanted = shares[:, None] * counts.sum(0)                                # (splits, classes)
-    room = shares * sizes.sum()                                             # (splits,)
+    space = shares * sizes.sum()                                            # (splits,)
     totals, left = counts.sum(0), np.ones(len(names), bool)                 # (classes,), (groups,)
     chosen = np.zeros(len(names), int)                                      # (groups,)
     while left.any():
@@ -52,26 +52,26 @@ def split_evenly(labels, groups, shares, seed):
             rarest = np.argmin(np.where(totals > 0, totals, np.iinfo(int).max))
             amount, lack = counts[:, rarest], wanted[:, rarest]
         else:
-            amount, lack = sizes, room  # what is left has no class
+            amount, lack = sizes, space     # the remaining groups have no class
         for i in sorted(np.flatnonzero(left & (amount > 0)), key=lambda i: -sizes[i]):
-            chosen[i] = neediest(lack, amount[i], sizes[i], room, shares, asked)
+            chosen[i] = neediest(lack, amount[i], sizes[i], space, shares, wanted_splits)
             wanted[chosen[i]] -= counts[i]
-            room[chosen[i]] -= sizes[i]
+            space[chosen[i]] -= sizes[i]
             totals -= counts[i]
             left[i] = False
-    fill_empty(chosen, sizes, asked)
+    fill_empty(chosen, sizes, wanted_splits)
     number = {name: i for i, name in enumerate(names)}
     return [SPLITS[chosen[number[group]]] for group in groups]
 
 
 def count_groups(labels, groups, seed):
-    """Names of the groups in a seeded order, (groups, classes) items of each, (groups,) sizes."""
+    """Group names in a seeded order, (groups, classes) items per class, (groups,) sizes."""
     members = {}
     for item, group in enumerate(groups):
         members.setdefault(group, []).append(item)
     names = sorted(members)
     names = [names[i] for i in np.random.default_rng(seed).permutation(len(names))]
-    classes = 1 + max((c for its in labels for c in its), default=-1)
+    classes = 1 + max((c for numbers in labels for c in numbers), default=-1)
     counts = np.zeros((len(names), classes), int)
     for row, name in zip(counts, names, strict=True):
         for item in members[name]:
@@ -79,18 +79,18 @@ def count_groups(labels, groups, seed):
     return names, counts, np.array([len(members[name]) for name in names])
 
 
-def neediest(lack, amount, size, room, shares, asked):
-    """The split that a group of `size` items, `amount` of them of the class, goes to."""
-    enough = max(lack[asked]) - amount / 2
-    about_as_needy = [split for split in asked if lack[split] >= enough]
-    return max(about_as_needy, key=lambda split: (
-        room[split] >= size, round(room[split] / shares[split], 9), shares[split]))
+def neediest(lack, amount, size, space, shares, splits):
+    """The split for a group of `size` items, `amount` of them of the class."""
+    enough = max(lack[splits]) - amount / 2
+    candidates = [split for split in splits if lack[split] >= enough]
+    return max(candidates, key=lambda split: (
+        space[split] >= size, round(space[split] / shares[split], 9), shares[split]))
 
 
-def fill_empty(chosen, sizes, asked):
-    """Gives a split without groups the smallest group of the split that has most groups."""
-    for split in asked:
-        richest = np.bincount(chosen).argmax()
-        if not (chosen == split).any() and (chosen == richest).sum() > 1:
-            groups = np.flatnonzero(chosen == richest)
+def fill_empty(chosen, sizes, splits):
+    """Moves to each empty split the smallest group of the split with most groups."""
+    for split in splits:
+        largest = np.bincount(chosen).argmax()
+        if not (chosen == split).any() and (chosen == largest).sum() > 1:
+            groups = np.flatnonzero(chosen == largest)
             chosen[groups[np.argmin(sizes[groups])]] = split

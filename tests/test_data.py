@@ -1,7 +1,5 @@
 """
-Reading prepared data: mixes, clips, what does not fit; and the demo's synthetic music.
-
-    python -m pytest -q tests/test_data.py
+Prepared data: mixes, clips, invalid folders; and the demo's synthetic music.
 """
 import json
 import os
@@ -25,7 +23,7 @@ def small(demo):
 # -----------------------------------------------------------------------------
 # the demo's music
 
-def test_clips_are_labelled_with_what_sounds_in_them():
+def test_demo_labels_match_the_audio():
     for i in range(12):
         rng = np.random.default_rng([7, i])
         song = synthetic.sketch(rng, full=i % 2 == 0)
@@ -39,7 +37,7 @@ def test_clips_are_labelled_with_what_sounds_in_them():
         assert max(np.abs(t).max() for t in tracks.values()) <= 0.9 + 1e-9
 
 
-def test_the_demo_depends_on_its_seed_alone(demo, tmp_path, capsys):
+def test_demo_depends_only_on_its_seed(demo, tmp_path, capsys):
     arguments = ["demo", "--songs=3,2,2", "--song_seconds=15", "--clips=10,4,12"]
     assert prepare(tmp_path, *arguments) == 0
     for name in ("demo_songs", "demo_clips"):
@@ -54,7 +52,7 @@ def test_the_demo_depends_on_its_seed_alone(demo, tmp_path, capsys):
 # -----------------------------------------------------------------------------
 # mixes
 
-def test_mixes_are_sums_and_follow_from_seed_and_number(small):
+def test_mixes_are_sums_and_depend_on_seed_and_number(small):
     four = data.Mixes(small[0], "train", ["vocals", "other", "drums", "bass"], seed=3)
     mixture, stems = four.batch(10, 3)
     assert mixture.shape == (3, model.CROP) and stems.shape == (3, 4, model.CROP)
@@ -66,16 +64,16 @@ def test_mixes_are_sums_and_follow_from_seed_and_number(small):
     assert not torch.equal(other.batch(12, 1)[0], again)
 
 
-def test_a_mix_of_one_source_against_a_plain_loop(small):
+def test_mix_of_one_source_equals_a_plain_loop(small):
     songs = small[0]
     one = data.Mixes(songs, "train", ["bass"], seed=3)
     rng = np.random.default_rng([3, 0, 5])
     offset = int(rng.integers(96_000 - model.CROP + 1))
-    places = rng.choice(len(one.segments), 4, replace=False)
-    assert len(set(places.tolist())) == 4
+    segments = rng.choice(len(one.segments), 4, replace=False)
+    assert len(set(segments.tolist())) == 4
     target, whole = np.zeros(model.CROP), np.zeros(model.CROP)
-    for k, place in enumerate(places):
-        song, at = one.segments[place]
+    for k, segment in enumerate(segments):
+        song, at = one.segments[segment]
         crops = {t: songs.read(song, t).astype(np.float64)[at + offset:][:model.CROP]
                  for t in data.TRACKS[1:]}
         if k < 2:
@@ -91,7 +89,7 @@ def test_a_mix_of_one_source_against_a_plain_loop(small):
 # -----------------------------------------------------------------------------
 # clips
 
-def test_crops_are_pieces_of_their_clips(small):
+def test_crops_are_parts_of_their_clips(small):
     clips = data.Clips(small[1], "train", "genre", seed=1)
     waves, targets = clips.batch(0, [4, 7])
     alone, _ = clips.batch(0, [7])
@@ -104,13 +102,13 @@ def test_crops_are_pieces_of_their_clips(small):
     assert torch.equal(clips.crops(7, 7), whole[:model.CROP][None])
 
 
-def test_an_epoch_is_a_seeded_order_of_all_clips(small):
+def test_epoch_is_a_seeded_permutation(small):
     clips = data.Clips(small[1], "train", "genre", seed=1)
     assert sorted(clips.order(0)) == list(range(10))
     assert list(clips.order(0)) != list(clips.order(1))
 
 
-def test_a_clip_that_is_shorter_than_a_crop_ends_in_silence(small):
+def test_short_clips_are_padded_with_silence(small):
     clips = data.Clips(small[1], "train", "genre", seed=1)
     clips.items[0] = {**clips.items[0], "length": 1000}
     assert clips.batch(0, [0])[0][0, 1000:].abs().max() == 0
@@ -118,8 +116,8 @@ def test_a_clip_that_is_shorter_than_a_crop_ends_in_silence(small):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="there is no GPU"))])
-def test_crops_that_are_cut_on_a_device_have_the_same_bits(small, device):
+    not torch.cuda.is_available(), reason="needs a GPU"))])
+def test_crops_are_identical_on_every_device(small, device):
     songs, labelled = (data.Prepared(one.path, kind)
                        for one, kind in zip(small, ("stems", "clips"), strict=True))
     makers = [data.Mixes(songs, "train", ["bass"], seed=3).batch,
@@ -137,7 +135,7 @@ def test_crops_that_are_cut_on_a_device_have_the_same_bits(small, device):
             assert torch.equal(a.cpu(), b)
 
 
-def test_prefetching_keeps_the_order_and_passes_errors_on():
+def test_prefetch_keeps_the_order_and_raises_errors():
     for workers in (0, 3):
         squares = list(data.prefetch(lambda n: n * n, range(20), workers))
         assert squares == [n * n for n in range(20)]
@@ -145,17 +143,23 @@ def test_prefetching_keeps_the_order_and_passes_errors_on():
         list(data.prefetch(lambda n: 1 // n, range(3), 2))
 
 
+def test_loader_threads_use_one_core_and_leave_the_main_thread_alone():
+    before = torch.get_num_threads()
+    assert set(data.prefetch(lambda n: torch.get_num_threads(), range(8), 2)) == {1}
+    assert torch.get_num_threads() == before
+
+
 # -----------------------------------------------------------------------------
-# what does not fit
+# invalid folders
 
 ODD = {"name": "a", "split": "train", "offset": 0, "length": 9.0}
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"sample_rate": 44100}, "44100 Hz"), ({"kind": "clips"}, "separation needs songs"),
-    ({"format": 99}, "format 99"), ({"n_samples": 10 ** 9}, "does not fit its index"),
-    ({"items": [ODD]}, "whole numbers"), ({"items": [{"name": "a"}]}, "lacks length, offset")])
-def test_an_index_that_does_not_fit_is_refused(demo, tmp_path, change, message):
+    ({"sample_rate": 44100}, "44100 Hz"), ({"kind": "clips"}, "not 'stems'"),
+    ({"format": 99}, "format 99"), ({"n_samples": 10 ** 9}, "does not match its index"),
+    ({"items": [ODD]}, "integers offset and length"), ({"items": [{"name": "a"}]}, "needs name")])
+def test_invalid_index_is_refused(demo, tmp_path, change, message):
     index = index_of(demo / "demo_songs")
     (tmp_path / "index.json").write_text(json.dumps({**index, **change}))
     os.symlink(demo / "demo_songs" / "audio.int16", tmp_path / "audio.int16")
@@ -163,25 +167,25 @@ def test_an_index_that_does_not_fit_is_refused(demo, tmp_path, change, message):
         data.Prepared(str(tmp_path), "stems")
 
 
-def test_a_missing_folder_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="make it with prepare_data.py"):
+def test_missing_or_damaged_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
         data.Prepared(str(tmp_path / "nowhere"), "clips")
     (tmp_path / "index.json").write_text("[1")
     with pytest.raises(ValueError, match="is damaged"):
         data.Prepared(str(tmp_path), "clips")
 
 
-def test_labels_that_do_not_fit_are_refused(small, monkeypatch):
-    with pytest.raises(ValueError, match="no task 'mood', only tags, genre"):
+def test_invalid_labels_are_refused(small, monkeypatch):
+    with pytest.raises(ValueError, match="'mood': choose one of tags, genre"):
         data.Clips(small[1], "train", "mood")
     item = small[1].items("train")[0]
-    for labels, message in (([99], "numbers from 0 to 3"), ([0, 1], "exactly one class")):
+    for labels, message in (([99], "number from 0 to 3"), ([0, 1], "exactly one")):
         monkeypatch.setitem(item, "genre", labels)
         with pytest.raises(ValueError, match=message):
             data.Clips(small[1], "train", "genre")
 
 
-def test_what_was_trained_on_is_recognised(small, monkeypatch):
+def test_hash_of_the_training_data(small, monkeypatch):
     before = small[1].trained_on()
     item = small[1].items("test")[0]
     monkeypatch.setitem(item, "tags", [0])
@@ -191,19 +195,19 @@ def test_what_was_trained_on_is_recognised(small, monkeypatch):
 
 
 # -----------------------------------------------------------------------------
-# shares of the labels, folds
+# subsets and folds
 
-def test_a_share_of_the_labels_has_every_class_in_its_share():
+def test_subset_keeps_the_share_of_every_class():
     rng = np.random.default_rng(0)
     targets = (rng.random((400, 6)) < [0.5, 0.3, 0.2, 0.1, 0.05, 0.01]).astype(int)
     targets[0, 5] = 1
-    kept = data.some_of(targets, 0.25)
+    kept = data.stratified_subset(targets, 0.25)
     assert sorted(set(kept)) == kept.tolist() and abs(len(kept) - 100) <= 8
     for counted, wanted in zip(targets[kept].sum(0), targets.sum(0) / 4, strict=True):
         assert counted >= 1 and abs(counted - wanted) <= max(2, 0.2 * wanted)
 
 
-def test_the_same_labels_are_chosen_for_every_seed(small):
+def test_subset_does_not_depend_on_the_seed(small):
     chosen = [[item["name"] for item in data.Clips(small[1], "train", task, seed, 0.5).items]
               for task, seed in (("genre", 1), ("genre", 2), ("tags", 1))]
     assert chosen[0] == chosen[1] and len(chosen[0]) == 5
@@ -211,7 +215,7 @@ def test_the_same_labels_are_chosen_for_every_seed(small):
     assert len(clips.targets) == len(clips.items) == len(chosen[2])
 
 
-def test_each_fold_is_tested_once_and_the_next_one_validates(demo, tmp_path):
+def test_each_fold_is_test_once_and_valid_once(demo, tmp_path):
     (tmp_path / "audio.int16").symlink_to(demo / "demo_clips" / "audio.int16")
     index = index_of(demo / "demo_clips")
     for number, item in enumerate(index["items"]):

@@ -1,5 +1,5 @@
 """
-Stage 2: what the classifier starts from, both recipes, resuming in the middle of an epoch.
+Stage 2: initial weights, the recipes, resuming within an epoch, wrong settings.
 
     python -m pytest -q tests/test_finetune.py
 """
@@ -12,9 +12,10 @@ import torch
 from conftest import (
     CLS,
     NARROW,
+    ROOT,
     TORCHRUN,
-    facts,
     log_of,
+    log_values,
     randomise,
     run,
     same_weights,
@@ -22,9 +23,10 @@ from conftest import (
     weights_of,
     write_tensorflow,
 )
+from test_weights import fake_vit
 
-import finetune_cls
 import model
+import weights
 
 
 def finetune(demo, out, *args, **options):
@@ -33,16 +35,16 @@ def finetune(demo, out, *args, **options):
 
 
 # -----------------------------------------------------------------------------
-# what it starts from
+# initial weights
 
-def test_it_starts_from_the_separator_by_name(demo, separator, tmp_path):
+def test_init_copies_the_separator(demo, separator, tmp_path):
     text = finetune(demo, tmp_path / "a.pt", f"--init={separator}", "--epochs=0")
     ours, theirs = weights_of(tmp_path / "a.pt"), weights_of(separator)
-    assert f"{len(theirs)} of {len(theirs)} tensors" in text and len(theirs) == 196
+    assert "196 of 196 tensors" in text and len(theirs) == 196
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_it_starts_from_tensorflow(demo, tmp_path):
+def test_init_reads_tensorflow(demo, tmp_path):
     net = randomise(model.Separator(["vocals"], NARROW))
     write_tensorflow(net, tmp_path / "checkpoint-1")
     finetune(demo, tmp_path / "a.pt", f"--init={tmp_path}/checkpoint-1", "--epochs=0")
@@ -50,7 +52,7 @@ def test_it_starts_from_tensorflow(demo, tmp_path):
     assert torch.equal(ours, net.unet.head[1].weight)
 
 
-def test_joining_in_three_stages_keeps_what_the_tail_knew(demo, separator, tail_only, tmp_path):
+def test_joining_keeps_the_weights_of_the_tail(demo, separator, tail_only, tmp_path):
     finetune(demo, tmp_path / "a.pt", "--variant=v3", f"--init={separator}",
              f"--tail={tail_only}", "--epochs=0")
     joined, tail = weights_of(tmp_path / "a.pt"), weights_of(tail_only)
@@ -60,17 +62,17 @@ def test_joining_in_three_stages_keeps_what_the_tail_knew(demo, separator, tail_
     assert all(torch.equal(joined[name], tail[name]) for name in tail if name != kernel)
 
 
-def test_a_tail_brings_its_front_end_and_leaves_its_classes(demo, separator, tmp_path):
+def test_a_tail_keeps_its_front_end_but_not_its_classes(demo, separator, tmp_path):
     finetune(demo, tmp_path / "t.pt", "--variant=tail", "--epochs=0", "--mel_of_log=True")
     finetune(demo, tmp_path / "a.pt", "--variant=v3", f"--init={separator}", "--task=genre",
              f"--tail={tmp_path}/t.pt", "--epochs=0")
-    net, meta = model.load(tmp_path / "a.pt")
+    net, meta = weights.load(tmp_path / "a.pt")
     assert net.args["mel_of_log"] and net.tail.out.out_features == len(meta["classes"]) == 4
     dense = weights_of(tmp_path / "t.pt")["tail.dense.weight"]
     assert torch.equal(net.tail.dense.weight, dense)
 
 
-def test_what_a_run_started_from_may_move_but_not_change(demo, separator, tmp_path):
+def test_initial_weights_may_move_but_not_change(demo, separator, tmp_path):
     shutil.copy(separator, tmp_path / "one.pt")
     arguments = ["--epochs=1", f"--init={tmp_path}/two.pt", "--resume=True"]
     finetune(demo, tmp_path / "a.pt", "--epochs=1", f"--init={tmp_path}/one.pt")
@@ -78,10 +80,11 @@ def test_what_a_run_started_from_may_move_but_not_change(demo, separator, tmp_pa
     finetune(demo, tmp_path / "a.pt", *arguments)
     saved = torch.load(tmp_path / "two.pt", weights_only=True)
     torch.save({**saved, "step": 5}, tmp_path / "two.pt")
-    assert "another file than when" in finetune(demo, tmp_path / "a.pt", *arguments, ok=False)
+    errors = finetune(demo, tmp_path / "a.pt", *arguments, ok=False)
+    assert "init or tail is another file" in errors
 
 
-def test_a_frozen_unet_does_not_move_and_the_tail_does(demo, separator, tmp_path):
+def test_a_frozen_unet_keeps_weights_and_statistics(demo, separator, tmp_path):
     finetune(demo, tmp_path / "a.pt", "--freeze=unet", f"--init={separator}", "--recipe=modern")
     after, before = weights_of(tmp_path / "a.resume"), weights_of(separator)
     assert all(torch.equal(after[name], before[name]) for name in before)  # statistics too
@@ -89,55 +92,67 @@ def test_a_frozen_unet_does_not_move_and_the_tail_does(demo, separator, tmp_path
     assert losses[0] != losses[-1]
 
 
-def test_the_loss_refuses_shapes_that_would_be_broadcast():
-    with pytest.raises(ValueError, match="differ in shape"):
-        finetune_cls.crop_losses(torch.zeros(2, 3), torch.zeros(2, 1), True)
-    losses = finetune_cls.crop_losses(torch.full((2, 3), 200.0), torch.zeros(2, 3), True)
+def test_losses_refuse_shapes_that_would_broadcast():
+    with pytest.raises(ValueError, match="2, 3.*2, 1"):
+        model.crop_losses(torch.zeros(2, 3), torch.zeros(2, 1), True)
+    with pytest.raises(ValueError, match="2, 2, 900.*2, 1, 900"):
+        model.l1_loss(torch.zeros(2, 2, 900), torch.zeros(2, 1, 900))
+    losses = model.crop_losses(torch.full((2, 3), 200.0), torch.zeros(2, 3), True)
     assert torch.isfinite(losses).all()
 
 
 # -----------------------------------------------------------------------------
 # resuming
 
-def test_sigterm_in_an_epoch_saves_and_the_run_resumes_to_the_same_bits(demo, tmp_path):
-    """Ten clips in batches of two: five steps an epoch. The paper's SGD phases come too."""
-    arguments = [*CLS, "--batch_size=2", "--variant=tail", "--recipe=paper", "--epochs=8",
-                 f"--data={demo}/demo_clips", "--task=genre", "--learning_rate=1e-2",
-                 "--patience=0", "--log_every=3"]
-    run("finetune_cls.py", *arguments, f"--out={tmp_path}/a.pt")
-    said, status = stopped_by(signal.SIGTERM, "finetune_cls.py", 8, tmp_path / "b.pt", *arguments)
-    assert "error: stopped at step" in said and status == 1 and "Traceback" not in said
+def impatient(folder):
+    """finetune_cls.py with short phases, transformers of 128 frames and none of their dropout."""
+    path = folder / "impatient.py"
+    path.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import finetune_cls, model
+from common import settings
+finetune_cls.PATIENCE = finetune_cls.HALVINGS = 0
+model.DROPOUT, model.AST_FRAMES = 0.0, 128
+settings.script(finetune_cls.main)""")
+    return str(path)
+
+
+def test_sigterm_within_an_epoch_saves_and_the_run_resumes_to_the_same_bits(demo, tmp_path):
+    """Ten clips in batches of two: five steps an epoch, through the SGD phases."""
+    arguments = [*CLS, "--batch_size=2", "--variant=tail", "--epochs=8", "--task=genre",
+                 f"--data={demo}/demo_clips", "--learning_rate=1e-2", "--log_every=3"]
+    script = impatient(tmp_path)
+    run([script], *arguments, f"--out={tmp_path}/a.pt")
+    output, status = stopped_by(signal.SIGTERM, script, 8, tmp_path / "b.pt", *arguments)
+    assert "error: stopped at step" in output and status == 1 and "Traceback" not in output
     assert 5 < torch.load(tmp_path / "b.resume", weights_only=True)["step"] < 40
-    run("finetune_cls.py", *arguments, f"--out={tmp_path}/b.pt", "--resume=True")
+    run([script], *arguments, f"--out={tmp_path}/b.pt", "--resume=True")
     assert same_weights(tmp_path / "a.resume", tmp_path / "b.resume")
     assert same_weights(tmp_path / "a.pt", tmp_path / "b.pt")
-    assert facts(tmp_path / "a.pt") == facts(tmp_path / "b.pt")
-    phases = [entry["phase"] for entry in facts(tmp_path / "a.pt") if entry["phase"] is not None]
-    assert max(phases) > 0
+    assert log_values(tmp_path / "a.pt") == log_values(tmp_path / "b.pt")
+    assert max(entry.get("phase", 0) for entry in log_of(tmp_path / "a.pt")) > 0
 
 
 TO_STOP = ["--batch_size=2", "--variant=tail", "--epochs=3", "--learning_rate=1e-2",
            "--recipe=modern"]
 
 
-def test_two_processes_do_what_one_does(demo, tmp_path):
-    """With BatchNorm over both, and through a change of phase."""
-    args = [*CLS, f"--data={demo}/demo_clips", "--dropout=0", "--patience=0",
-            "--learning_rate=1e-4", "--sync_batchnorm=True", "--log_every=1"]
-    two = [*TORCHRUN, "finetune_cls.py"]
-    run("finetune_cls.py", *args, "--epochs=3", f"--out={tmp_path}/one.pt")
-    said = run(two, *args, "--epochs=3", f"--out={tmp_path}/two.pt")
-    assert said.count("best validation loss") == 1          # one process speaks and writes
-    one, both = (log_of(tmp_path / name) for name in ("one.pt", "two.pt"))
-    assert [entry["step"] for entry in one] == [entry["step"] for entry in both]
+def test_two_processes_equal_one(demo, tmp_path):
+    """Through a change of phase; without BatchNorm, whose statistics differ per process."""
+    args = [*AST_TAIL, f"--data={demo}/demo_clips", "--recipe=ast", "--epochs=6"]
+    script = impatient(tmp_path)
+    run([script], *args, f"--out={tmp_path}/one.pt")
+    output = run([*TORCHRUN, script], *args, f"--out={tmp_path}/two.pt")
+    assert output.count("best validation loss") == 1        # only one process prints and writes
+    one, two = (log_of(tmp_path / name) for name in ("one.pt", "two.pt"))
+    assert [entry["step"] for entry in one] == [entry["step"] for entry in two]
+    assert one[-1]["phase"] == 1                            # Adam, then SGD
     for key in ("loss", "val_loss"):
-        wanted, found = ([entry[key] for entry in log if key in entry] for log in (one, both))
-        assert found[0] == pytest.approx(wanted[0], rel=1e-5)
-        assert found == pytest.approx(wanted, rel=5e-3)     # rounding grows from step to step
-    refused = run("finetune_cls.py", *args, "--epochs=3", f"--out={tmp_path}/two.pt",
-                  "--resume=True", ok=False)
-    assert "processes: 2 -> 1" in refused
-    assert "at least 2" in run("finetune_cls.py", *args, "--batch_size=1", ok=False)
+        expected, values = ([entry[key] for entry in log if key in entry] for log in (one, two))
+        assert values == pytest.approx(expected, rel=1e-4)
+    errors = run("finetune_cls.py", *args, f"--out={tmp_path}/two.pt", "--resume=True", ok=False)
+    assert "processes: 2 -> 1" in errors
 
 
 @pytest.fixture(scope="module")
@@ -148,27 +163,26 @@ def unstopped(demo, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [0, 5, 12])
-def test_a_run_that_was_stopped_at_any_step_resumes_to_the_same_bits(
-        demo, unstopped, tmp_path, step):
+def test_a_stop_at_any_step_resumes_to_the_same_bits(demo, unstopped, tmp_path, step):
     code = f"""
-import sys, runtime, finetune_cls
+import sys, finetune_cls
+from common import run, settings
 class Stop:
     count = 0
-    def __init__(self): pass
     @property
     def asked(self):
         Stop.count += 1
         return Stop.count > {step}
-runtime.Stop, sys.argv[0] = Stop, "finetune_cls.py"
-runtime.script(finetune_cls.main)"""
+run.Stop, sys.argv[0] = Stop, "finetune_cls.py"
+settings.script(finetune_cls.main)"""
     common = [*CLS, f"--data={demo}/demo_clips", f"--out={tmp_path}/b.pt", *TO_STOP]
     assert f"stopped at step {step};" in run(["-c", code], *common, ok=False)
     finetune(demo, tmp_path / "b.pt", *TO_STOP, "--resume=True")
     assert same_weights(unstopped.with_suffix(".resume"), tmp_path / "b.resume")
-    assert facts(unstopped) == facts(tmp_path / "b.pt")
+    assert log_values(unstopped) == log_values(tmp_path / "b.pt")
 
 
-def test_splits_that_changed_since_are_noticed(demo, tmp_path):
+def test_changed_splits_are_refused(demo, tmp_path):
     shutil.copytree(demo / "demo_clips", tmp_path / "clips")
     arguments = ["--variant=tail", "--epochs=1", f"--data={tmp_path}/clips"]
     finetune(demo, tmp_path / "a.pt", *arguments)
@@ -179,26 +193,77 @@ def test_splits_that_changed_since_are_noticed(demo, tmp_path):
     a, b = (next(i for i in index["items"] if i["split"] == split) for split in ("train", "test"))
     a["split"], b["split"] = b["split"], a["split"]
     path.write_text(json.dumps(index))
-    assert "other splits or labels than when" in run(*scoring, ok=False)
-    said = finetune(demo, tmp_path / "a.pt", *arguments, "--resume=True", ok=False)
-    assert "are not those that this run was started with" in said
-    run(*scoring, f"--data={tmp_path}/clips")  # asked for
+    assert "splits or labels" in run(*scoring, ok=False)
+    errors = finetune(demo, tmp_path / "a.pt", *arguments, "--resume=True", ok=False)
+    assert f"splits or labels in {tmp_path}/clips" in errors
+    run(*scoring, f"--data={tmp_path}/clips")               # explicitly
     path.write_text(before)
-    (tmp_path / "clips").rename(tmp_path / "moved")  # the same, elsewhere
+    (tmp_path / "clips").rename(tmp_path / "moved")         # the same splits elsewhere
     finetune(demo, tmp_path / "a.pt", *arguments, f"--data={tmp_path}/moved", "--resume=True")
 
 
 # -----------------------------------------------------------------------------
-# wrong input
+# the transformer
+
+AST = [arg for arg in CLS if "tail_widths" not in arg] + [
+    "--variant=ast", "--transformer=16,5,2", "--skips=2"]
+AST_TAIL = [*AST, "--variant=ast_tail"]
+
+
+def test_a_transformer_is_trained_joined_and_evaluated(demo, separator, tmp_path):
+    fake_vit(tmp_path / "v.npz")
+    output = run("finetune_cls.py", *AST_TAIL, f"--data={demo}/demo_clips", "--epochs=1",
+                 f"--vit={tmp_path}/v.npz", f"--out={tmp_path}/alone.pt")
+    assert f"{tmp_path}/v.npz" in output.split("vit = ")[1].split("\n", 1)[1]      # was loaded
+    run("finetune_cls.py", *AST, f"--data={demo}/demo_clips", f"--init={separator}",
+        f"--tail={tmp_path}/alone.pt", "--epochs=0", f"--out={tmp_path}/both.pt")
+    joined, alone = weights_of(tmp_path / "both.pt"), weights_of(tmp_path / "alone.pt")
+    kernel = alone["tail.patches.weight"]
+    torch.testing.assert_close(joined["tail.patches.weight"], kernel.expand(-1, 2, -1, -1) / 2)
+    assert joined["tail.mean"].shape == (2, 1, 1) and (joined["tail.std"] != 1).all()
+    run("eval.py", tmp_path / "both.pt", f"--out={tmp_path}/r", "--bootstrap=0",
+        "--pictures=False")
+    result = json.loads((tmp_path / "r" / "both.json").read_text())
+    assert result["kind"] == "classifier" and len(result["per_class"]) == 16
+
+
+def test_the_ast_recipe_halves_the_rate_and_resumes_to_the_same_bits(demo, tmp_path):
+    args = [*AST_TAIL, "--recipe=ast", "--learning_rate=1e-3", "--batch_size=5", "--epochs=8",
+            f"--data={demo}/demo_clips"]
+    constants = {"finetune_cls.HALVINGS": 1, "model.AST_FRAMES": 128}
+    output = run("finetune_cls.py", *args, f"--out={tmp_path}/a.pt", constants=constants)
+    assert "Adam at 0.0005" in output and "SGD at 0.001" in output
+    rates = [entry["lr"] for entry in log_of(tmp_path / "a.pt") if "lr" in entry]
+    assert rates == [1e-3] * 10 + [5e-4] * 4 + [1e-3] * 2   # two steps an epoch
+    code = """
+import sys, finetune_cls, model
+from common import run, settings
+class Stop:
+    count = 0
+    @property
+    def asked(self):
+        Stop.count += 1
+        return Stop.count > 11      # in the phase at half the rate
+run.Stop, finetune_cls.HALVINGS, model.AST_FRAMES = Stop, 1, 128
+sys.argv[0] = "finetune_cls.py"
+settings.script(finetune_cls.main)"""
+    assert "stopped at step 11;" in run(["-c", code], *args, f"--out={tmp_path}/b.pt", ok=False)
+    run("finetune_cls.py", *args, f"--out={tmp_path}/b.pt", "--resume=True", constants=constants)
+    assert same_weights(tmp_path / "a.resume", tmp_path / "b.resume")
+    assert log_values(tmp_path / "a.pt") == log_values(tmp_path / "b.pt")
+
+
+# -----------------------------------------------------------------------------
+# wrong settings
 
 @pytest.fixture(scope="module")
 def answers(demo, separator, tail_only, tmp_path_factory):
-    """{number: what a script says} of all wrong inputs, run in one process."""
+    """[error message] of all wrong settings, run in one process."""
     root = tmp_path_factory.mktemp("wrong")
     jobs = []
     for script, args, _ in WRONG:
-        words = {"SONGS": f"--data={demo}/demo_songs", "CLIPS": f"--data={demo}/demo_clips"}
-        args = [words.get(arg, arg).format(separator=separator, tail=tail_only, demo=demo)
+        folders = {"SONGS": f"--data={demo}/demo_songs", "CLIPS": f"--data={demo}/demo_clips"}
+        args = [folders.get(arg, arg).format(separator=separator, tail=tail_only, demo=demo)
                 for arg in args]
         if script != "eval.py":
             args.append(f"--out={root}/x.pt")
@@ -225,57 +290,52 @@ json.dump(answers, open({str(root / "answers.json")!r}, "w"))"""
     return json.loads((root / "answers.json").read_text())
 
 
-AST = [arg for arg in CLS if "tail_widths" not in arg] + ["--variant=ast"]
 SMALL = [arg for arg in CLS if not arg.startswith("--epochs")]
 WRONG = [
-    ("pretrain_sep.py", ["--data=nowhere"], "no prepared data in nowhere"),
-    ("pretrain_sep.py", ["CLIPS"], "separation needs songs with stems"),
-    ("pretrain_sep.py", ["SONGS", "--sources=guitar"], "sources must be some of"),
-    ("pretrain_sep.py", ["SONGS", "--batch_size=3", "--accumulate=2"], "must be a multiple"),
+    ("pretrain_sep.py", ["--data=nowhere"], "nowhere"),
+    ("pretrain_sep.py", ["CLIPS"], "demo_clips/index.json"),
+    ("pretrain_sep.py", ["SONGS", "--sources=guitar"], "guitar"),
+    ("pretrain_sep.py", ["SONGS", "--batch_size=3", "--accumulate=2"], "x processes = 2"),
     ("pretrain_sep.py", ["SONGS", "--dtype=int8"], "dtype must be one of"),
     ("pretrain_sep.py", ["SONGS", "--pool=median"], "pool must be one of"),
-    ("pretrain_sep.py", ["SONGS", "--resume=True"], "to go on from"),
+    ("pretrain_sep.py", ["SONGS", "--resume=True"], "x.resume"),
     ("pretrain_sep.py", ["SONGS", "--batch_size=0"], "batch_size must be at least 1"),
     ("pretrain_sep.py", ["SONGS", "--accumulate=0"], "accumulate must be at least 1"),
-    ("pretrain_sep.py", ["SONGS", "--device=gpu"], "device=gpu does not work here"),
-    ("pretrain_sep.py", ["SONGS", "--seed=-1"], "seed must be from 0"),
+    ("pretrain_sep.py", ["SONGS", "--device=gpu"], "device=gpu"),
     ("pretrain_sep.py", ["SONGS", "--seed=4294967296"], "seed must be from 0 to 4294967295"),
     ("pretrain_sep.py", ["SONGS", "--learning_rate=1e999"], "learning_rate must be a finite"),
-    ("pretrain_sep.py", ["SONGS", "--learning_rate=0"], "learning_rate must be above 0"),
+    ("pretrain_sep.py", ["SONGS", "--learning_rate=0"], "learning_rate must be a"),
     ("pretrain_sep.py", ["SONGS", "{demo}/demo_songs/audio.int16"], "audio.int16: "),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--tail_widths=4,4"], "tail_widths seven"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=tail", "--freeze=tail"], "has only a tail"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--tail_widths=4,4"], "tail_widths"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=tail", "--freeze=tail"], "variant=tail"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--init={tail}"], "is a classifier of variant tail"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--init=none.pt"], "no checkpoint at none.pt"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--init=README.md"], "cannot be read as a checkpoint"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--task=mood"], "no task 'mood'"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--init=README.md"], "README.md"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--task=mood"], "mood"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--batch_size=64"], "do not fill"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--batch_size=1"], "batch_size must be at least 2"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--dropout=1.5"], "dropout must be from 0 to 1"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--tail={tail}"], "needs variant=v3"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--tail={tail}"], "variant=v3 or ast"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=v3", "--tail={separator}"],
      "not a classifier of variant tail"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--skips=6"], "skips must be from 0 to 5"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--label_fraction=0"], "label_fraction must be from"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--fold=0"], "needs clips with folds 0, 1, 2"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--fold=0"], "fold=0"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--fold=-2"], "fold must be at least -1"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--vit=v.npz"], "vit= needs variant=ast"),
-    ("finetune_cls.py", ["CLIPS", *AST, "--vit=v.npz", "--tail={tail}"], "choose one"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--frames=768"], "384 without a transformer"),
-    ("finetune_cls.py", ["CLIPS", *AST, "--frames=100"], "frames must be a multiple of 64"),
-    ("finetune_cls.py", ["CLIPS", *AST, "--transformer=32,4,2"], "with 4 layers --skips is at"),
-    ("finetune_cls.py", ["CLIPS", *AST, "--transformer=30,12,4"], "a multiple of the heads"),
-    ("finetune_cls.py", ["CLIPS", *AST, "--vit=README.md"], "cannot be read as an .npz"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--init=released:vocal"], "did you mean vocals?"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--vit=v.npz"], "variant=ast or ast_tail"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--vit=v.npz", "--tail={tail}"], "--vit and --tail"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--transformer=32,4,2"], "skips"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--transformer=30,12,4"], "transformer=30,12,4"),
+    ("finetune_cls.py", ["CLIPS", *AST, "--vit=README.md"], "README.md is not"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--init=released:vocal"], "did you mean vocals"),
     ("eval.py", ["none.pt"], "no checkpoint at none.pt"),
-    ("eval.py", ["{tail}", "SONGS"], "classification needs labelled clips"),
-    ("eval.py", ["{tail}", "--task=genre"], "evaluate it on the data it was trained for"),
-    ("eval.py", ["{tail}", "--name=a/b"], "without /"),
+    ("eval.py", ["{tail}", "SONGS"], "demo_songs/index.json"),
+    ("eval.py", ["{tail}", "--task=genre"], "tail.pt has 16 classes"),
     ("eval.py", ["{tail}", "--split=dev"], "split must be one of"),
     ("eval.py", ["{tail}", "--bootstrap=-1"], "bootstrap must be at least 0"),
 ]
 
 
 @pytest.mark.parametrize("number", range(len(WRONG)), ids=[w[2] for w in WRONG])
-def test_wrong_input_is_told_before_anything_is_written(answers, number):
+def test_wrong_settings_are_refused_before_anything_is_written(answers, number):
     assert WRONG[number][2] in answers[number] and "Traceback" not in answers[number]

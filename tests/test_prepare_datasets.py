@@ -1,8 +1,6 @@
 """
-MagnaTagATune, FMA, GTZAN and MTG-Jamendo, from small files made here as their authors ship them;
-and the published splits, where they lie beside the project.
-
-    python -m pytest -q tests/test_datasets.py
+MagnaTagATune, FMA, GTZAN and MTG-Jamendo in the layout of their authors, with synthetic files;
+and the published splits, if they are available.
 """
 import csv
 import hashlib
@@ -18,7 +16,7 @@ import pytest
 import soundfile as sf
 from conftest import REAL, index_of, needs_real, prepare, sound
 
-import download
+from common import download
 from data import SPLITS, Prepared
 from prepare import files, fma, gtzan, jamendo, mtat
 
@@ -34,7 +32,7 @@ def classes_of(index, task):
 
 @pytest.fixture(scope="module")
 def magna(tmp_path_factory):
-    """(folder, rows of its table, tags): 40 clips, as MagnaTagATune is written."""
+    """(folder, rows of its table, tags): 40 clips in the layout of MagnaTagATune."""
     root, rng = tmp_path_factory.mktemp("magna"), np.random.default_rng(0)
     tags, rows = [f"tag {k}" for k in range(60)], []
     for k in range(40):
@@ -65,7 +63,7 @@ def small_counts(monkeypatch):
 
 @pytest.fixture
 def copy(magna, tmp_path):
-    """A copy of the dataset, to be changed."""
+    """A copy of the dataset that a test may change."""
     shutil.copytree(magna[0], tmp_path / "raw")
     return tmp_path / "raw"
 
@@ -74,7 +72,7 @@ def prepare_mtat(out, raw, *args):
     return prepare(out, "mtat", f"--path={raw}", "--workers=1", *args)
 
 
-def test_mtat_clean_has_the_clips_with_top_tags(magna, tmp_path, small_counts, capsys):
+def test_mtat_clean_protocol(magna, tmp_path, small_counts, capsys):
     root, rows, tags = magna
     assert prepare_mtat(tmp_path, root) == 0
     found = index_of(tmp_path / "mtat")
@@ -83,9 +81,9 @@ def test_mtat_clean_has_the_clips_with_top_tags(magna, tmp_path, small_counts, c
     assert found["classes"] == {"tags": top} and found["multilabel"] == ["tags"]
     wanted = {}
     for row in rows:
-        its = [tag for tag in top if row[1 + tags.index(tag)] == "1"]
-        if its and row[0] not in ("35644", "29"):
-            wanted[row[-1]] = its
+        present = [tag for tag in top if row[1 + tags.index(tag)] == "1"]
+        if present and row[0] not in ("35644", "29"):
+            wanted[row[-1]] = present
     assert {n: sorted(t) for n, t in classes_of(found, "tags").items()} == {
         n: sorted(t) for n, t in wanted.items()}
     assert {e["reason"] for e in found["left_out"]} == {
@@ -94,13 +92,13 @@ def test_mtat_clean_has_the_clips_with_top_tags(magna, tmp_path, small_counts, c
     assert "clean protocol" in capsys.readouterr().out
 
 
-def test_mtat_folders_are_its_splits(magna):
+def test_mtat_splits_by_folder(magna):
     items = mtat.listing(files.inventory(str(magna[0]))).items
     split = {**dict.fromkeys("0123456789ab", "train"), "c": "valid"}
     assert all(item["split"] == split.get(item["name"][0], "test") for item in items)
 
 
-def test_mtat_audio_is_that_of_the_files(magna, tmp_path, small_counts):
+def test_mtat_audio_equals_soundfile(magna, tmp_path, small_counts):
     prepare_mtat(tmp_path, magna[0])
     data = Prepared(str(tmp_path / "mtat"), "clips")
     for item in data.items("train")[:3]:
@@ -108,20 +106,20 @@ def test_mtat_audio_is_that_of_the_files(magna, tmp_path, small_counts):
         np.testing.assert_allclose(data.read(item), np.clip(reference, -1, 1), atol=2e-5)
 
 
-def test_mtat_protocols_change_without_decoding_twice(magna, tmp_path, small_counts, capsys):
+def test_mtat_protocols_share_decoded_audio(magna, tmp_path, small_counts, capsys):
     assert prepare_mtat(tmp_path, magna[0], "--protocol=full") == 0
     full = index_of(tmp_path / "mtat")
     assert len(full["items"]) == 39 and sum(not item["tags"] for item in full["items"]) >= 2
     audio = (tmp_path / "mtat" / "audio.int16").read_bytes()
     assert prepare_mtat(tmp_path, magna[0]) == 0
     said = capsys.readouterr().out
-    assert "nothing new to decode" in said and "not those of the last run" in said
+    assert "nothing new to decode" in said and "have changed since the last run" in said
     assert len(index_of(tmp_path / "mtat")["items"]) == 36
     assert (tmp_path / "mtat" / "audio.int16").read_bytes() == audio
 
 
 def pack(magna, folder):
-    """The dataset as its authors ship it: the tables and a zip in three parts; {name: bytes}."""
+    """The dataset as published, tables and a zip in three parts; returns {name: bytes}."""
     root, rows, _ = magna
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as z:
@@ -137,7 +135,7 @@ def pack(magna, folder):
     return found
 
 
-def test_mtat_from_the_zip_in_parts_is_the_same(magna, tmp_path, small_counts):
+def test_mtat_from_the_split_zip_is_identical(magna, tmp_path, small_counts):
     pack(magna, tmp_path / "packed")
     assert prepare_mtat(tmp_path / "a", magna[0]) == prepare_mtat(
         tmp_path / "b", tmp_path / "packed") == 0
@@ -146,11 +144,11 @@ def test_mtat_from_the_zip_in_parts_is_the_same(magna, tmp_path, small_counts):
     assert index_of(a)["items"] == index_of(b)["items"]
 
 
-def test_mtat_downloads_what_is_missing_and_only_that(magna, tmp_path, small_counts, monkeypatch):
+def test_mtat_downloads_only_missing_files(magna, tmp_path, small_counts, monkeypatch):
     packed = pack(magna, tmp_path / "served")
     fetched = []
 
-    def fetch(wanted, folder, elsewhere):
+    def fetch(wanted, folder, hint):
         names = [url.rsplit("/", 1)[1] for url, _ in wanted]
         fetched.extend(names)
         (tmp_path / "out" / "raw" / "mtat").mkdir(parents=True, exist_ok=True)
@@ -163,14 +161,14 @@ def test_mtat_downloads_what_is_missing_and_only_that(magna, tmp_path, small_cou
     for name in packed:
         (tmp_path / "out" / "raw" / "mtat" / name).unlink()
     fetched.clear()
-    assert prepare(*arguments) == 0 and len(fetched) == 2     # the tables: all is decoded
+    assert prepare(*arguments) == 0 and len(fetched) == 2     # the tables: everything is decoded
     assert len(index_of(tmp_path / "out" / "mtat")["items"]) == 36
     shutil.copytree(magna[0] / "mp3", tmp_path / "out" / "raw" / "mtat" / "mp3")
     fetched.clear()
     assert prepare(*arguments, "--overwrite=True") == 0 and len(fetched) == 2  # unpacked by hand
 
 
-def test_mtat_says_which_share_of_the_files_it_found(copy, magna, tmp_path, small_counts, capsys):
+def test_mtat_reports_the_share_of_files_found(copy, magna, tmp_path, small_counts, capsys):
     names = [row[-1] for row in magna[1]]
     for name in names[20:]:
         (copy / "mp3" / name).unlink()
@@ -178,21 +176,21 @@ def test_mtat_says_which_share_of_the_files_it_found(copy, magna, tmp_path, smal
     assert "found 19 of 39 files (48.7 %)" in capsys.readouterr().out
     absent = [e for e in index_of(tmp_path / "mtat")["left_out"] if not e["expected"]]
     assert sorted(e["name"] for e in absent) == sorted(names[20:])
-    assert {e["reason"] for e in absent} == {"is not there"}
+    assert {e["reason"] for e in absent} == {"not found"}
 
 
-def test_a_table_that_was_cut_at_a_line_is_not_taken_for_the_dataset(magna, tmp_path, capsys):
+def test_truncated_table_is_reported_as_incomplete(magna, tmp_path, capsys):
     assert prepare_mtat(tmp_path, magna[0], "--protocol=full") == 3
     assert "39 instead of 25,860 files in its table" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file, old, new, message", [
-    ("annotations_final.csv", b'"0/artist', b'"mp3/0/artist', "must have a path like a/name.mp3"),
+    ("annotations_final.csv", b'"0/artist', b'"mp3/0/artist', "a/name.mp3"),
     ("annotations_final.csv", b'"100"\t"', b'"100"\t"2', "tags of 0 or 1"),
-    ("annotations_final.csv", b'"tag 3"\t', b"", "cells instead of 61"),
-    ("annotations_final.csv", b"-01-0-29", b"-17-0-29", "listed twice, such as 1/artist-song-17"),
+    ("annotations_final.csv", b'"tag 3"\t', b"", "61"),
+    ("annotations_final.csv", b"-01-0-29", b"-17-0-29", "1/artist-song-17"),
     ("clip_info_final.csv", b"title", b"name", "clip_id, title")])
-def test_an_edited_table_is_not_misread(copy, tmp_path, file, old, new, message):
+def test_edited_table_is_refused(copy, tmp_path, file, old, new, message):
     raw = (copy / file).read_bytes()
     assert old in raw
     (copy / file).write_bytes(raw.replace(old, new))
@@ -204,7 +202,7 @@ def real(name):
 
 
 @needs_real
-def test_mtat_clean_is_the_published_split_cell_for_cell():
+def test_mtat_clean_equals_the_published_split():
     tags, items, left_out = mtat.labels(real("annotations_final.csv.xz"),
                                         real("clip_info_final.csv.xz"), "clean")
     published = (REAL / "mtat" / "published_clean_split" / "top50_tags.txt").read_text().split()
@@ -213,15 +211,15 @@ def test_mtat_clean_is_the_published_split_cell_for_cell():
     for split, count in zip(SPLITS, (15244, 1529, 4332), strict=True):
         keys = np.load(io.BytesIO(real(f"published_clean_split/{split}_keys.npy.xz")))
         cells = np.load(io.BytesIO(real(f"published_clean_split/y_{split}_pub.npy.xz")))
-        mine, ours = [i for i in items if i["split"] == split], np.zeros((count, 50))
-        for row, item in zip(ours, mine, strict=True):
+        chosen, found = [i for i in items if i["split"] == split], np.zeros((count, 50))
+        for row, item in zip(found, chosen, strict=True):
             row[item["tags"]] = 1
-        assert [item["name"] for item in mine] == [f"{key}.mp3" for key in keys]
-        assert np.array_equal(ours, cells)
+        assert [item["name"] for item in chosen] == [f"{key}.mp3" for key in keys]
+        assert np.array_equal(found, cells)
 
 
 @needs_real
-def test_mtat_full_is_the_published_split_cell_for_cell():
+def test_mtat_full_equals_the_published_split():
     tags, items, _ = mtat.labels(real("annotations_final.csv.xz"), None, "full")
     assert Counter(i["split"] for i in items) == {"train": 18706, "valid": 1825, "test": 5329}
     assert len(items) == mtat.COUNTS["full"]
@@ -260,10 +258,10 @@ def tracks_csv():
 
 @pytest.fixture
 def fma_files(tmp_path, monkeypatch):
-    """FMA nested as its authors unpack it, flat, and packed."""
+    """FMA in its own folders, flat, and packed."""
     monkeypatch.setattr(fma, "SUBSETS", {
-        name: (*its[:2], count) for (name, its), count in zip(fma.SUBSETS.items(), (3, 5, 2),
-                                                              strict=True)})
+        name: (*subset[:2], count)
+        for (name, subset), count in zip(fma.SUBSETS.items(), (3, 5, 2), strict=True)})
     for track, *_ in TRACKS:
         name = f"{track:06d}.mp3"
         sound(tmp_path / "nested" / "fma_medium" / name[:3] / name, 4, seed=track)
@@ -281,7 +279,7 @@ def fma_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["nested", "flat", "packed"])
-def test_fma_medium_without_small(fma_files, how, capsys):
+def test_fma_medium_minus_small(fma_files, how, capsys):
     assert prepare(fma_files / "out", "fma", f"--path={fma_files / how}", "--workers=1") == 0
     found = index_of(fma_files / "out" / "fma")
     assert classes_of(found, "genre") == {
@@ -292,7 +290,7 @@ def test_fma_medium_without_small(fma_files, how, capsys):
     assert "medium without small" in capsys.readouterr().out
 
 
-def test_fma_subsets_share_what_is_decoded(fma_files, capsys):
+def test_fma_subsets_share_decoded_audio(fma_files, capsys):
     path = f"--path={fma_files / 'nested'}"
     for subset, count in (("medium", 5), ("small", 2), ("medium_minus_small", 3)):
         assert prepare(fma_files, "fma", path, "--workers=1", f"--subset={subset}") == 0
@@ -300,7 +298,7 @@ def test_fma_subsets_share_what_is_decoded(fma_files, capsys):
     assert capsys.readouterr().out.count("nothing new to decode") == 2
 
 
-def test_fma_refuses_what_is_not_its_table(fma_files):
+def test_fma_refuses_another_table_or_subset(fma_files):
     (fma_files / "flat" / "tracks.csv").write_text("track_id,genre\n1,Rock\n")
     assert "header rows" in prepare(fma_files, "fma", f"--path={fma_files / 'flat'}")
     answer = prepare(fma_files, "fma", f"--path={fma_files / 'nested'}", "--subset=large")
@@ -310,7 +308,7 @@ def test_fma_refuses_what_is_not_its_table(fma_files):
 @needs_real
 @pytest.mark.parametrize("subset, genres", [
     ("small", 8), ("medium_minus_small", 16), ("medium", 16)])
-def test_fma_has_the_published_tracks(subset, genres):
+def test_fma_equals_the_published_tracks(subset, genres):
     raw = lzma.open(REAL / "fma" / "tracks_medium_derived.csv.xz").read()
     names, items, left_out = fma.labels(raw, subset)
     rows = list(csv.reader(io.StringIO(raw.decode(), newline="")))
@@ -329,14 +327,20 @@ def test_fma_has_the_published_tracks(subset, genres):
 # -----------------------------------------------------------------------------
 # GTZAN
 
-def test_gtzan_is_the_fault_filtered_split():
+def test_gtzan_has_the_fault_filtered_split_of_torchaudio():
     listed = gtzan.listing({})
     counts = Counter(item["split"] for item in listed.items)
     assert counts == {"train": 443, "valid": 197, "test": 290}
-    assert len(listed.classes["genre"]) == 10
+    lists = pytest.importorskip("torchaudio.datasets.gtzan")
+    assert listed.classes == {"genre": lists.gtzan_genres}
+    published = lists.filtered_train, lists.filtered_valid, lists.filtered_test
+    wanted = [(name, split, name.split(".")[0])
+              for split, names in zip(SPLITS, published, strict=True) for name in sorted(names)]
+    assert [(item["name"], item["split"], lists.gtzan_genres[item["genre"][0]])
+            for item in listed.items] == wanted
 
 
-def test_gtzan_takes_wav_and_au_and_leaves_out_the_faulty(tmp_path):
+def test_gtzan_reads_wav_and_au_and_skips_faulty_clips(tmp_path):
     names = {item["name"] for item in gtzan.listing({}).items}
     faulty = next(n for n in (f"jazz.{k:05d}" for k in range(100)) if n not in names)
     for name in ("blues.00029.wav", "rock.00040.au", "rock.00040.wav", f"{faulty}.wav"):
@@ -346,7 +350,7 @@ def test_gtzan_takes_wav_and_au_and_leaves_out_the_faulty(tmp_path):
     assert {item["name"] for item in found["items"]} == {"blues.00029", "rock.00040"}
 
 
-def test_gtzan_has_no_address_any_more(tmp_path):
+def test_gtzan_needs_a_path(tmp_path):
     assert "give --path=FOLDER: GTZAN" in prepare(tmp_path, "gtzan")
 
 
@@ -355,7 +359,7 @@ def test_gtzan_has_no_address_any_more(tmp_path):
 
 @pytest.fixture
 def jam(tmp_path):
-    """Tables and audio as MTG-Jamendo ships them; one track lies there in low quality only."""
+    """Tables and audio in the layout of MTG-Jamendo; one track in low quality only."""
     head = "TRACK_ID\tARTIST_ID\tALBUM_ID\tPATH\tDURATION\tTAGS"
     rows = {
         "train": ["track_0000214\tartist_000014\talbum_000031\t14/214.mp3\t5.0\tgenre---rock",
@@ -379,7 +383,7 @@ def jam(tmp_path):
     return tmp_path
 
 
-def test_jamendo_split_0_has_its_splits_tags_and_artists(jam):
+def test_jamendo_splits_tags_and_artists(jam):
     assert prepare(jam, "jamendo", f"--path={jam / 'in'}", "--workers=1") == 0
     found = index_of(jam / "jamendo")
     assert found["classes"]["tags"] == [
@@ -391,7 +395,7 @@ def test_jamendo_split_0_has_its_splits_tags_and_artists(jam):
         "16/1000216.mp3": ("valid", "artist_000015"), "00/300.mp3": ("test", "artist_000016")}
 
 
-def test_jamendo_subsets_share_what_is_decoded(jam, capsys):
+def test_jamendo_subsets_share_decoded_audio(jam, capsys):
     for subset, count in (("all", 4), ("genre", 2)):
         assert prepare(jam, "jamendo", f"--path={jam / 'in'}", f"--subset={subset}") == 0
         assert len(index_of(jam / "jamendo")["classes"]["tags"]) == count
@@ -404,12 +408,12 @@ def test_jamendo_refuses_an_edited_table(jam):
     with pytest.raises(ValueError, match="autotagging_genre-test.tsv: track track_0000300"):
         jamendo.listing(files.inventory(str(jam / "in")), "genre")
     path.write_text("TRACK_ID\tPATH\n")
-    with pytest.raises(ValueError, match="must begin with the columns TRACK_ID"):
+    with pytest.raises(ValueError, match="columns TRACK_ID"):
         jamendo.listing(files.inventory(str(jam / "in")), "genre")
 
 
-def test_addresses_have_checksums_that_are_known():
-    tables = [mtat.TABLES, mtat.ARCHIVES, fma.TABLES, fma.SMALL, fma.MEDIUM]
+def test_urls_have_valid_checksums():
+    tables = [*mtat.downloads()[1:], fma.TABLES, fma.SMALL, fma.MEDIUM]
     for url, checksum in sum(tables, []):
         algorithm, _, digest = checksum.partition(":")
         assert url.startswith("https://")

@@ -1,7 +1,5 @@
 """
-Seeded splits: even, with groups kept together.
-
-    python -m pytest -q tests/test_splits.py
+Stratified splits by groups.
 """
 from collections import Counter
 
@@ -22,23 +20,23 @@ def thousand():
     return labels + [[8]] * 20, [f"artist {k}" for k in rng.integers(0, 300, 1020)]
 
 
-def test_no_group_is_split_up(thousand):
+def test_groups_are_not_divided(thousand):
     labels, groups = thousand
     splits = split_evenly(labels, groups, SHARES, 1)
     assert len(set(zip(groups, splits, strict=True))) == len(set(groups))
 
 
-def test_each_class_is_spread_in_these_shares(thousand):
+def test_shares_of_each_class(thousand):
     labels, groups = thousand
     splits = split_evenly(labels, groups, SHARES, 1)
     for c in range(9):
-        counts = Counter(split for split, its in zip(splits, labels, strict=True) if c in its)
+        counts = Counter(split for split, has in zip(splits, labels, strict=True) if c in has)
         tolerance = 0.05 if c < 8 else 0.11
         for split, share in zip(SPLITS, SHARES, strict=True):
             assert abs(counts[split] / sum(counts.values()) - share) < tolerance
 
 
-def test_only_the_seed_changes_the_split_and_not_the_order(thousand):
+def test_split_depends_on_the_seed_and_not_on_the_order(thousand):
     labels, groups = thousand
     splits = split_evenly(labels, groups, SHARES, 1)
     order = np.random.default_rng(1).permutation(len(labels))
@@ -50,12 +48,12 @@ def test_only_the_seed_changes_the_split_and_not_the_order(thousand):
 @pytest.mark.parametrize("labels, groups, counts", [
     ([[c] for c in range(200) for _ in range(3)], range(600), (480, 60, 60)),
     ([[0]] * 200, np.arange(200) // 50, (100, 50, 50)), ([[]] * 4, range(4), (2, 1, 1))])
-def test_few_clips_still_fill_every_split(labels, groups, counts):
+def test_every_split_of_a_few_clips_is_filled(labels, groups, counts):
     few = Counter(split_evenly(labels, [str(g) for g in groups], SHARES, 1))
     assert tuple(few[split] for split in SPLITS) == counts
 
 
-def test_artists_with_most_clips_do_not_overfill_a_split():
+def test_large_groups_keep_the_shares():
     sizes = (250 / np.arange(1, 91) ** 1.1).astype(int) + 1
     artists = np.repeat(np.arange(90), sizes)
     labels = [[c] for c in np.random.default_rng(0).integers(0, 30, len(artists)).tolist()]
@@ -64,6 +62,6 @@ def test_artists_with_most_clips_do_not_overfill_a_split():
         assert abs(splits.count(split) / len(artists) - share) < 0.04
 
 
-def test_a_folder_may_name_the_split():
+def test_split_from_a_folder_name():
     assert split_of_folder("musdb/Train/A - B") == "train"
     assert split_of_folder("val/x") == "valid" and split_of_folder("train") is None

@@ -1,7 +1,5 @@
 """
-Preparing is like make: what happens on the way, and when the same command is given again.
-
-    python -m pytest -q tests/test_store.py
+Preparing is like make: interrupted and repeated runs, and folders that are not to be touched.
 """
 import errno
 import json
@@ -14,14 +12,14 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, index_of, prepare, sound
+from conftest import ROOT, index_of, prepare, run, sound
 
 from data import Prepared
 from prepare import store
 
 
 def samples_of(folder):
-    """{name: (what the index says but for the place, samples)}: what must not depend on history."""
+    """{name: (index entry without offset, samples)}, which must not depend on earlier runs."""
     data = Prepared(str(folder), "clips")
     return {item["name"]: ({**item, "offset": 0}, data.read(item).tobytes())
             for item in data.index["items"]}
@@ -33,7 +31,7 @@ def bytes_of(folder):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """40 clips, some of them broken, and what an undisturbed run makes of them."""
+    """42 clips, two of them broken, and the result of an uninterrupted run."""
     root = tmp_path_factory.mktemp("many")
     for k in range(40):
         sound(root / "in" / f"class {k % 3}" / f"{k:02d}.flac", 6 + k % 3, seed=k)
@@ -45,7 +43,7 @@ def many(tmp_path_factory):
 
 @pytest.fixture
 def done(many, tmp_path):
-    """A copy of the clips and of what was prepared from them, to be changed."""
+    """A copy of the clips and the prepared folder that a test may change."""
     shutil.copytree(many / "in", tmp_path / "in")
     shutil.copytree(many / "whole", tmp_path / "out")
     header, *lines = (tmp_path / "out" / "folder" / "journal.jsonl").read_text().splitlines(True)
@@ -59,17 +57,17 @@ def again(root, *args):
 
 
 def start(out, path, *args, limit=None):
-    """prepare_data.py in a process of its own, which syncs after every file.
+    """prepare_data.py in a new process, which syncs after every file.
 
-    limit: the largest file that it may write, in bytes.
+    limit: of the size of a file, in bytes.
     """
     code = "import sys, resource\nfrom prepare import store\nstore.SYNC_EVERY = 0\n"
     if limit:
         code += f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
-    code += "import prepare_data, runtime\nruntime.script(prepare_data.main)"
+    code += "import prepare_data\nfrom common import settings\nsettings.script(prepare_data.main)"
     command = [sys.executable, "-c", code, "folder", f"--path={path}", f"--out={out}",
                "--workers=1", *args]
-    # where the tests run in the background, processes would ignore Ctrl-C
+    # tests that run in the background ignore Ctrl-C, and so would their processes
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -89,21 +87,21 @@ def wait_for(process, out, lines):
 
 
 # -----------------------------------------------------------------------------
-# stopped on the way
+# interrupted runs
 
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(many, tmp_path):
+def test_killed_runs_resume_to_the_same_bytes(many, tmp_path):
     for lines in (0, 5, 20, 35):
         process = start(tmp_path, many / "in")
         wait_for(process, tmp_path, lines)
         process.kill()
         process.communicate()
         assert not (tmp_path / "folder" / "index.json").exists()
-    assert 30 < lines_in(tmp_path) < 43  # each went on where the one before was
+    assert 30 < lines_in(tmp_path) < 43  # each resumed the one before
     assert prepare(tmp_path, "folder", f"--path={many / 'in'}") == 3
     assert bytes_of(tmp_path / "folder") == bytes_of(many / "whole" / "folder")
 
 
-def test_what_a_kill_tore_is_cut_off(done):
+def test_partial_writes_are_truncated(done):
     folder = done / "out" / "folder"
     whole = bytes_of(folder)
     with open(folder / "journal.jsonl", "a") as f:
@@ -116,23 +114,23 @@ def test_what_a_kill_tore_is_cut_off(done):
     assert len(samples_of(folder)) == 41
 
 
-def test_the_number_of_processes_changes_nothing(many, tmp_path):
+def test_result_does_not_depend_on_the_number_of_workers(many, tmp_path):
     assert prepare(tmp_path, "folder", f"--path={many / 'in'}", "--workers=3") == 3
     assert bytes_of(tmp_path / "folder") == bytes_of(many / "whole" / "folder")
 
 
-def test_a_full_disk_is_told_and_gone_on_from(many, tmp_path):
+def test_full_disk_is_reported_and_resumed_from(many, tmp_path):
     process = start(tmp_path, many / "in", limit=3_000_000)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 1 and "File too large" in said and str(tmp_path) in said
-    assert "goes on from here" in said and "Traceback" not in said
+    assert "resumes" in said and "Traceback" not in said
     assert 5 < lines_in(tmp_path) < 43
     assert prepare(tmp_path, "folder", f"--path={many / 'in'}") == 3
     assert bytes_of(tmp_path / "folder") == bytes_of(many / "whole" / "folder")
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a file to be waited for in vain")
-def test_ctrl_c_does_not_wait_for_a_decoder_that_hangs(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_ctrl_c_does_not_wait_for_a_hanging_decoder(tmp_path):
     sound(tmp_path / "in" / "a" / "0.wav")
     sound(tmp_path / "in" / "b" / "0.wav")
     os.mkfifo(tmp_path / "in" / "a" / "1.wav")
@@ -141,33 +139,33 @@ def test_ctrl_c_does_not_wait_for_a_decoder_that_hangs(tmp_path):
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=30)
-    assert "interrupted: the same command goes on" in said and process.returncode == 1
+    assert "interrupted" in said and process.returncode == 1
     assert time.monotonic() - began < 15
 
 
-def test_a_second_process_is_refused(many, tmp_path):
+def test_second_process_is_refused(many, tmp_path):
     with store.locked(str(tmp_path / "folder")):
         process = start(tmp_path, many / "in")
         _, said = process.communicate(timeout=60)
-    assert "another process is preparing" in said and process.returncode == 1
+    assert ".folder.lock" in said and process.returncode == 1
 
 
 # -----------------------------------------------------------------------------
 # the same command again
 
-def test_nothing_is_decoded_twice(done, capsys):
+def test_unchanged_files_are_not_decoded_again(done, capsys):
     before = {p.name: p.stat().st_mtime_ns for p in (done / "out" / "folder").iterdir()}
     index = json.loads((done / "out" / "folder" / "index.json").read_text())
     capsys.readouterr()
     assert again(done) == 3
     said = capsys.readouterr().out
     assert "nothing new to decode" in said and "class 1 10 / 2 / 1" in said
-    assert "not those of the last run" not in said
+    assert "have changed since" not in said
     assert index_of(done / "out" / "folder")["items"] == index["items"]
     assert (done / "out" / "folder" / "audio.int16").stat().st_mtime_ns == before["audio.int16"]
 
 
-def test_new_mended_and_changed_files_are_decoded(done, capsys):
+def test_new_repaired_and_changed_files_are_decoded(done, capsys):
     sound(done / "in" / "class 1" / "new.wav", 8)
     sound(done / "in" / "class 0" / "07x.mp3", 8)                   # was broken
     sound(done / "in" / "class 2" / "02.flac", 9, seed=99)          # another recording
@@ -175,14 +173,14 @@ def test_new_mended_and_changed_files_are_decoded(done, capsys):
     capsys.readouterr()
     assert again(done) == 3
     said = capsys.readouterr().out
-    assert "3 files have changed" in said and "not those of the last run" in said
+    assert "3 files have changed" in said and "have changed since the last run" in said
     found = samples_of(done / "out" / "folder")
     assert prepare(done / "fresh", "folder", f"--path={done / 'in'}") == 3
     assert found == samples_of(done / "fresh" / "folder")
     assert found["class 2/02.flac"][0]["length"] == 9 * 16000
 
 
-def test_splits_and_the_shortest_length_change_without_decoding(done, capsys):
+def test_splits_and_min_seconds_change_without_decoding(done, capsys):
     audio = (done / "out" / "folder" / "audio.int16").read_bytes()
     old = {i["name"]: i["split"] for i in index_of(done / "out" / "folder")["items"]}
     assert again(done, "--seed=2") == 3
@@ -196,14 +194,14 @@ def test_splits_and_the_shortest_length_change_without_decoding(done, capsys):
     assert capsys.readouterr().out.count("nothing new to decode") == 3
 
 
-def test_clips_that_were_taken_out_of_the_folder_are_no_longer_listed(done):
+def test_deleted_clips_are_no_longer_listed(done):
     (done / "in" / "class 1" / "01.flac").unlink()
     assert again(done) == 3
     found = samples_of(done / "out" / "folder")
     assert len(found) == 39 and "class 1/01.flac" not in found
 
 
-def test_without_the_files_all_stays_and_can_be_split_again(done, capsys):
+def test_prepared_data_can_be_split_again_without_the_files(done, capsys):
     names = {i["name"] for i in index_of(done / "out" / "folder")["items"]}
     shutil.rmtree(done / "in")
     assert again(done, "--shares=0.5,0.25,0.25") == 3
@@ -213,14 +211,14 @@ def test_without_the_files_all_stays_and_can_be_split_again(done, capsys):
     assert "keeps the clips and labels of the last run" in capsys.readouterr().out
 
 
-def test_an_index_that_is_damaged_is_told(done):
+def test_damaged_index_is_rewritten(done):
     (done / "out" / "folder" / "index.json").write_text("[")
     again(done)
     (done / "out" / "folder" / "index.json").unlink()
     assert again(done) == 3 and len(samples_of(done / "out" / "folder")) == 40
 
 
-def test_overwrite_decodes_all_again(done, many):
+def test_overwrite_decodes_again(done, many):
     (done / "out" / "folder" / "audio.int16").write_bytes(b"damaged")
     assert "shorter than its journal says" in again(done)
     assert again(done, "--overwrite=True") == 3
@@ -228,7 +226,7 @@ def test_overwrite_decodes_all_again(done, many):
     assert (done / "out" / "folder" / "audio.int16").read_bytes() == whole["audio.int16"]
 
 
-def test_audio_that_grows_does_not_disturb_those_who_read(done):
+def test_readers_ignore_appended_audio(done):
     data = Prepared(str(done / "out" / "folder"), "clips")
     with open(done / "out" / "folder" / "audio.int16", "ab") as f:
         f.write(bytes(1000))
@@ -238,9 +236,9 @@ def test_audio_that_grows_does_not_disturb_those_who_read(done):
 
 
 # -----------------------------------------------------------------------------
-# folders that are not ours
+# folders that are not to be touched
 
-def test_a_strange_folder_is_not_touched(many, tmp_path):
+def test_other_folders_and_files_are_not_touched(many, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     for more in ([], ["--overwrite=True"]):
@@ -248,37 +246,28 @@ def test_a_strange_folder_is_not_touched(many, tmp_path):
         assert "is not prepared data" in answer
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
     (tmp_path / "file").write_text("x")
-    assert "is a file" in prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=file")
+    answer = prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=file")
+    assert "is not prepared data" in answer
 
 
-def test_audio_of_something_else_is_not_mixed_in(done, tmp_path):
+def test_audio_of_two_sources_is_not_mixed(done, tmp_path):
     for genre in "ab":
         sound(tmp_path / "other" / genre / "0.wav")
     answer = prepare(done / "out", "folder", f"--path={tmp_path / 'other'}")
-    assert "holds clips of" in answer and "--name=NAME" in answer
+    assert "has clips of" in answer and "--name=NAME" in answer
     assert len(samples_of(done / "out" / "folder")) == 40
 
 
-def test_a_folder_of_the_first_versions_is_read_and_not_changed(done):
-    folder = done / "out" / "folder"
-    (folder / "journal.jsonl").rename(folder / "audio.jsonl")
-    (folder / "job.json").write_text("{}")
-    assert "prepared by an earlier version" in again(done)
-    assert len(samples_of(folder)) == 40
-    assert again(done, "--overwrite=True") == 3
-    assert sorted(os.listdir(folder)) == ["audio.int16", "index.json", "journal.jsonl"]
+def test_read_only_folder_can_be_listed(done, monkeypatch):
+    def refuse(path, what):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
 
-
-def test_what_can_only_be_read_is_listed(done, monkeypatch):
-    def refuse(lock):
-        raise PermissionError(errno.EACCES, "Permission denied", lock.lock_file)
-
-    monkeypatch.setattr(store.FileLock, "acquire", refuse)
+    monkeypatch.setattr(store, "lock", refuse)
     assert again(done) == 3
     assert "Permission denied" in again(done, "--name=new")
 
 
-def test_files_of_a_process_that_was_killed_while_it_wrote_are_cleared_up(done):
+def test_temporary_files_of_killed_processes_are_removed(done):
     (done / "out" / "folder" / "index.json.123.tmp").write_text("half")
     assert again(done) == 3
     assert not list((done / "out" / "folder").glob("*.tmp"))
@@ -292,7 +281,7 @@ def test_settings_are_checked_first(many, tmp_path, wrong):
     assert str(answer).startswith("error: ") and not os.listdir(tmp_path)
 
 
-def test_a_file_that_is_cut_off_shows_in_the_exit_status(tmp_path, capsys):
+def test_truncated_file_gives_exit_status_3(tmp_path, capsys):
     for genre in "ab":
         for k in range(3):
             sound(tmp_path / "in" / genre / f"{k}.flac", 10, seed=k)
@@ -303,3 +292,7 @@ def test_a_file_that_is_cut_off_shows_in_the_exit_status(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "DAMAGED: 1 files" in said and "such as a/1.flac" in said
     assert len(index_of(tmp_path / "folder")["items"]) == 6
+
+
+def test_one_dataset_must_be_named():
+    assert "name one dataset" in run("prepare_data.py", "demos", ok=False)
