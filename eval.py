@@ -1,32 +1,32 @@
 """
-Measures checkpoints on the test split; each checkpoint says itself what it is.
+Stage 3: evaluates checkpoints on the test split.
 
-    python eval.py ckpt/vocals.pt           # a separator: SDR, SI-SDR, new SDR, floor and ceiling
+    python eval.py ckpt/vocals.pt           # a separator: SDR, SI-SDR, ..., between two baselines
     python eval.py ckpt/mtat.pt             # a classifier: per class and mean, with an interval
-    python eval.py ckpt/mtat-seed*.pt       # several: mean and standard deviation over -seedN
+    python eval.py ckpt/mtat-seed*.pt       # several: also mean and standard deviation over seeds
     python eval.py separators/vocals/checkpoint-20 --data=data/musdb --sources=vocals
 
-Writes results/<checkpoint>.json and .npz (of a classifier: the scores of every clip). Several
-classifiers also get results/summary.json and .md. Then report.py draws the pictures from these.
+Writes results/NAME.json, .npz, .png; then `python -m reports.page results/NAME.json` makes a page.
 """
 import glob
-import itertools
 import json
+import math
 import os
+import pathlib
 import re
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import metrics
 import model
-import page
-import runtime
+import weights
+from common import metrics, settings
+from common.device import AMP_DTYPES, accelerate, setup_device
+from common.files import atomic, write_atomically
+from common.settings import die
 from data import SPLITS, TRACKS, Clips, Prepared
-from model import SAMPLE_RATE
-from report import draw, save_excerpt
-from runtime import die, write_atomically
+from reports.figures import draw, spectrograms
 
 # -----------------------------------------------------------------------------
 # settings
@@ -35,87 +35,92 @@ task = ""               # of classifiers: tags or genre; empty: what the checkpo
 sources = []            # of released separators: what their masks are, such as vocals
 split = "test"          # train, valid or test
 out = "results"         # folder to write to
-name = "summary"        # of the table over several checkpoints
-overwrite = False       # replace results that are there
-pictures = True         # draw them; report.py does so later
-report = False          # also write a page with all of them; page.py does so later
+overwrite = False       # replace existing results
+pictures = True         # draw figures; python -m reports.figures draws them later
 bootstrap = 200         # resamples of the test clips for the 95 % interval; 0: no interval
 seed = 1                # of the bootstrap
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
 dtype = "float32"       # float32, bfloat16, float16: of the convolutions only
 # -----------------------------------------------------------------------------
 
-EXCERPT = 8 * SAMPLE_RATE           # what the picture of a separator shows
+EXCERPT = 8 * model.SAMPLE_RATE     # length of the excerpt in a separator's figure
 
 
 # -----------------------------------------------------------------------------
 # separation
 
-def measure_song(net, songs, item):
-    """(metrics of the model, the floor and the ceiling, excerpt (1 + 2 S, N)) of one song.
+def oracle(mixture, references, block=10 * model.SAMPLE_RATE):
+    """Ideal ratio masks |S| / sum |S| with the mixture's phase: K waves (N,) -> (K, N).
 
-    With fewer than four sources, "rest" is what they lack to the mixture.
+    With the model's STFT, in blocks that include all overlapping frames, for long songs.
     """
-    mixture = songs.read(item, "mixture")
+    waves, edge, hop = [mixture, *references], model.EDGE, model.HOP
+    result = np.empty((len(references), len(mixture)), np.float32)
+    for at in range(0, len(mixture), block):
+        n = min(block, len(mixture) - at)
+        length = (math.ceil(n / hop) + 2) * hop + model.WIN
+        parts = [wave[max(0, at - edge):at - edge + length] for wave in waves]
+        before = max(0, edge - at)                      # zeros before and after the song
+        padding = before, length - before - len(parts[0])
+        parts = np.stack([np.pad(part, padding) for part in parts])             # (1 + K, length)
+        spec = model.stft(torch.from_numpy(parts))                              # (1 + K, T, 257)
+        size = spec[1:, :, :model.BINS].abs()                                   # (K, T, 256)
+        masks = torch.nn.functional.pad(size / (size.sum(0) + 1e-8), (0, 1), value=1.0)
+        result[:, at:at + n] = model.istft(masks * spec[0])[:, edge:edge + n].numpy()
+    return result
+
+
+def measure_song(net, songs, item):
+    """(metrics of model, mixture and oracle; waves of the figure (1 + 2 S, N)) of one song.
+
+    With fewer than four sources, "rest" is the sum of the others.
+    """
+    mixture = songs.read(item, "mixture")                                       # (N,)
     separated = model.separate(net, torch.from_numpy(mixture)).numpy()          # (S, N)
     references = {s: songs.read(item, s) for s in net.sources}
     estimates = dict(zip(net.sources, separated, strict=True))
-    excerpt = [mixture[:EXCERPT]]
-    for s in net.sources:
-        excerpt += [estimates[s][:EXCERPT], references[s][:EXCERPT]]
-    excerpt = np.stack(excerpt)                                                 # (1 + 2 S, N)
+    waves = [mixture, *(wave for s in net.sources for wave in (estimates[s], references[s]))]
+    waves = np.stack([wave[:EXCERPT] for wave in waves])                        # (1 + 2 S, N)
     others = [t for t in TRACKS[1:] if t not in net.sources]
     if others:
         references["rest"] = sum(songs.read(item, t) for t in others)
         estimates["rest"] = mixture - sum(estimates.values())
 
-    row, floor = {"song": item["name"]}, dict.fromkeys(references, mixture)
-    row["model"] = metrics.song_metrics(references, estimates, net.sources)
-    row["floor"] = metrics.song_metrics(references, floor, net.sources)
-    del separated, estimates                # of a long song they are large
-    ceiling = metrics.oracle(mixture, list(references.values()))
-    ceiling = dict(zip(references, ceiling, strict=True))
-    row["ceiling"] = metrics.song_metrics(references, ceiling, net.sources)
-    return row, excerpt
+    row = {"song": item["name"], "model": metrics.song_metrics(references, estimates, net.sources)}
+    del separated, estimates                # large for long songs
+    ideal = oracle(mixture, list(references.values()))                          # (K, N)
+    for kind, waves_of_kind in (("mixture", [mixture] * len(ideal)), ("oracle", ideal)):
+        estimates = dict(zip(references, waves_of_kind, strict=True))
+        row[kind] = metrics.song_metrics(references, estimates, net.sources)
+    return row, waves
 
 
-def evaluate_separator(net, path, songs, split, names):
-    """(results, excerpt for the picture) of a separator; `names` says what its masks are."""
-    if names and len(names) != len(net.sources):
-        die(f"{path} has {len(net.sources)} masks, --sources names {len(names)}")
-    net.sources = list(names or net.sources)
-    if any(s not in TRACKS for s in net.sources):
-        die(f"{path} does not say which source it separates: name it, such as --sources=vocals")
-    items, rows, loudest = songs.items(split), [], -1.0
+def evaluate_separator(net, meta, path, songs):
+    """(result, arrays of the figure) of a separator."""
+    n, net.sources = len(net.sources), list(sources or net.sources)
+    if n != len(net.sources) or not set(net.sources) <= set(TRACKS):
+        die(f"{path} has masks of {n} sources, not of {', '.join(net.sources)}: name the source of "
+            "each mask, such as --sources=vocals")
+    items, rows, table = songs.items(split), [], []
+    loudest = max(items, key=lambda item: np.abs(songs.read(item, "mixture")[:EXCERPT]).mean())
     for item in tqdm(items, "songs"):
         row, waves = measure_song(net, songs, item)
         rows.append(row)
-        loudness = float(np.abs(waves[0]).mean())
-        if loudness > loudest:              # this song is drawn
-            loudest, excerpt = loudness, {"song": item["name"], "waves": waves}
+        if item is loudest:
+            excerpt = spectrograms(item["name"], waves)
 
-    # the median over frames is taken; now the median over songs, as the tables of museval
-    keys, summary = ("SDR", "SIR", "SAR", "SI-SDR", "new SDR"), {}
+    # medians over frames (in song_metrics), then over songs, as museval reports them
+    keys, medians = ("SDR", "SIR", "SAR", "SI-SDR", "new SDR"), {s: {} for s in net.sources}
+    for s, kind in [(s, kind) for s in net.sources for kind in ("model", "mixture", "oracle")]:
+        known = [row[kind][s] for row in rows if s in row[kind]]
+        values = {key: [one[key] for one in known if key in one] for key in keys}
+        medians[s][kind] = {k: float(np.median(v)) if v else None for k, v in values.items()}
+        table.append([f"{s}, {kind}", *medians[s][kind].values(), len(known)])
     print(f"{path}: separator of {', '.join(net.sources)} on {songs.path}, {split}: "
-          f"{len(items)} songs")
-    print("16 kHz mono and the mixture's phase: compare with the floor (mixture as estimate) and "
-          "the ceiling (ideal ratio mask), not with 44.1 kHz tables")
-    print(f"{'median over songs, dB':24}" + "".join(f"{key:>9}" for key in keys) + "   songs")
-    for s, kind in itertools.product(net.sources, ("model", "floor", "ceiling")):
-        found, middle = [r[kind][s] for r in rows if s in r[kind]], {}
-        for key in keys:
-            values = [f[key] for f in found if key in f]
-            middle[key] = float(np.median(values)) if values else None
-        summary.setdefault(s, {})[kind] = middle
-        cells = [cell(value, "9.2f") for value in middle.values()]
-        print(f"{s + ', ' + kind:24}" + "".join(cells) + f"{len(found):8d}")
-    result = {"kind": "separator", "sources": net.sources, "median": summary, "songs": rows}
-    return result, excerpt
-
-
-def cell(value, form):
-    """A number of a table, or - where there is none."""
-    return f"{'-':>9}" if value is None else f"{value:{form}}"
+          f"{len(items)} songs, 16 kHz mono. Not comparable with results at 44.1 kHz: compare with "
+          "the mixture as estimate (mixture) and ideal ratio masks (oracle)")
+    print_table(["median over songs, dB", *keys, "songs"], table, 2)
+    return {"sources": net.sources, "median": medians, "songs": rows}, excerpt
 
 
 # -----------------------------------------------------------------------------
@@ -123,234 +128,158 @@ def cell(value, form):
 
 @torch.no_grad()
 def clip_scores(net, clips):
-    """(clips, classes) in [0, 1]; one clip at a time, so that no batch size changes a score."""
-    scores = np.zeros((len(clips), len(clips.classes)))
-    device = next(net.parameters()).device
+    """Scores (clips, classes) in [0, 1]. One clip at a time: batching would change last digits."""
+    net_device, scores = next(net.parameters()).device, []
     for n in tqdm(range(len(clips)), "clips"):
-        logits = net(clips.clip(n).to(device))[0]                               # (classes,)
+        logits = net(clips.clip(n).to(net_device))[0]                           # (classes,)
         score = torch.sigmoid(logits) if net.multilabel else torch.softmax(logits, 0)
-        scores[n] = score.cpu().double().numpy()
-    return scores
+        scores.append(score.cpu().double().numpy())
+    return np.stack(scores)
 
 
 def per_class(targets, scores, classes, multilabel):
-    """One row per class: its clips, its AUCs or None, and its recall if a clip has one class."""
-    rows, answers = [], scores.argmax(1)
-    for i, class_name in enumerate(classes):
-        truth = targets[:, i]
-        row = {"class": class_name, "clips": int(truth.sum()), "ROC-AUC": None, "PR-AUC": None}
-        if 0 < truth.sum() < len(truth):
-            found = metrics.areas(truth, scores[:, i], np.ones((1, len(truth)), int))
-            row["ROC-AUC"], row["PR-AUC"] = (float(value[0]) for value in found)
+    """One row per class: number of clips, AUCs, recall if single-label; None if undefined."""
+    rows, answers = [], np.eye(len(classes))[scores.argmax(1)]                  # (clips, classes)
+    for name, truth, score, answer in zip(classes, targets.T, scores.T, answers.T, strict=True):
+        roc, pr = metrics.areas(truth, score, np.ones((1, len(truth)), int))
+        values = {"ROC-AUC": roc[0], "PR-AUC": pr[0]}
         if not multilabel:
-            row["recall"] = float((answers == i)[truth == 1].mean()) if truth.any() else None
-        rows.append(row)
+            values["recall"] = answer[truth == 1].mean() if truth.any() else np.nan
+        values = {key: None if np.isnan(value) else float(value) for key, value in values.items()}
+        rows.append({"class": name, "clips": int(truth.sum()), **values})
     return rows
 
 
-def check_classes(net, meta, path, clips):
-    """Ends the script if the clips are labelled with other classes than the network's."""
-    known, n = meta["classes"] or ["unnamed"], net.args["n_classes"]
-    same_names = meta["classes"] in (None, [], clips.classes)
-    if n == len(clips.classes) and same_names and clips.multilabel == net.multilabel:
-        return
-    die(f"{path} knows {n} classes ({', '.join(known[:3])}, ...), {clips.data.path} has "
-        f"{len(clips.classes)} ({', '.join(clips.classes[:3])}, ...): evaluate it on the data it "
-        "was trained for")
+def evaluate_classifier(net, meta, path, prepared):
+    """(result, {clips, targets, scores}) of a classifier.
 
-
-def evaluate_classifier(net, path, clips, split, bootstrap, seed):
-    """(results, what of each clip they are made of) of a classifier."""
+    result["chance"]: metrics of random scores (tags), or of always the most frequent class (genre).
+    """
+    trained_for = meta.get("task") or ("tags" if net.multilabel else "genre")
+    clips = Clips(prepared, split, task or trained_for)
+    n, known = net.args["n_classes"], meta["classes"] or clips.classes
+    if (n, known, net.multilabel) != (len(clips.classes), clips.classes, clips.multilabel):
+        die(f"{path} has {n} classes ({', '.join(known[:3])}, ...), {prepared.path} has "
+            f"{len(clips.classes)} ({', '.join(clips.classes[:3])}, ...): evaluate it on the data "
+            "it was trained for")
     targets, scores = clips.targets.numpy().astype(int), clip_scores(net, clips)
     measure = metrics.tag_metrics if net.multilabel else metrics.genre_metrics
-    found = {key: value[0].item() for key, value in measure(targets, scores).items()}
-    if found.get("tags used") == 0:
-        raise ValueError(f"{path}: no tag has both positive and negative clips: there is no AUC")
-    result = {"kind": "classifier", "classes": clips.classes, "clips": len(clips),
-              "metrics": found,
+    values = {key: value[0].item() for key, value in measure(targets, scores).items()}
+    if values.get("tags used") == 0:
+        die(f"{path}: no tag has both positive and negative clips, so AUC is undefined")
+    result = {"classes": clips.classes, "clips": len(clips), "metrics": values,
               "interval": metrics.interval(measure, targets, scores, bootstrap, seed),
               "per_class": per_class(targets, scores, clips.classes, net.multilabel)}
     if net.multilabel:
-        shares = [r["clips"] for r in result["per_class"] if r["ROC-AUC"] is not None]
-        result["floor"] = {"ROC-AUC": 0.5, "PR-AUC": float(np.mean(shares) / len(clips))}
+        positives = [r["clips"] for r in result["per_class"] if r["ROC-AUC"] is not None]
+        result["chance"] = {"ROC-AUC": 0.5, "PR-AUC": float(np.mean(positives) / len(clips))}
     else:
-        result["floor"] = {"accuracy": float(targets.mean(0).max()),
-                           "balanced accuracy": 1 / int(targets.any(0).sum())}
+        result["chance"] = {"accuracy": float(targets.mean(0).max()),
+                            "balanced accuracy": 1 / int(targets.any(0).sum())}
         answers = np.eye(len(clips.classes), dtype=int)[scores.argmax(1)]       # (clips, classes)
         result["confusion"] = (targets.T @ answers).tolist()    # rows are the true classes
     print(f"{path}: {net.args['variant']} classifier of {len(clips.classes)} classes on "
-          f"{clips.data.path}, {split}: {len(clips)} clips")
-    keys = list(result["per_class"][0])[2:]
-    print(f"{'class':24}{'clips':>7}" + "".join(f"{key:>9}" for key in keys))
-    for row in result["per_class"]:
-        cells = [cell(row[key], "9.3f") for key in keys]
-        print(f"{row['class']:24}{row['clips']:7d}" + "".join(cells))
-    for key, value in result["metrics"].items():
-        low, high = result["interval"].get(key, (None, None))
-        spread = "" if low is None else f"  95 % {low:.4f} to {high:.4f}"
-        print(f"{key:24}{value:7.4g}{spread}")
-    print("floor: " + ", ".join(f"{key} {value:.4f}" for key, value in result["floor"].items()))
-    names = [item["name"] for item in clips.items]
-    return result, {"clips": names, "targets": targets.astype(np.uint8), "scores": scores}
+          f"{prepared.path}, {split}: {len(clips)} clips")
+    print_table(result["per_class"][0], [row.values() for row in result["per_class"]], 3)
+    rows = [[key, value, *result["interval"].get(key, "--"), result["chance"].get(key, "-")]
+            for key, value in values.items()]
+    print_table(["", "", "95 % from", "to", "chance"], rows, 4)
+    return result, {"clips": [item["name"] for item in clips.items],
+                    "targets": targets.astype(np.uint8), "scores": scores}
 
 
-def summarise(results):
-    """(table, its text as Markdown) of {run name: result}: mean and deviation over -seedN.
+def print_table(heads, rows, digits):
+    for name, *row in (heads, *rows):
+        row = [f"{v:.{digits}f}" if isinstance(v, float) else "-" if v is None else v for v in row]
+        print(f"{name:24}" + "".join(f"{cell:>10}" for cell in row))
 
-    None if they are not all classifiers of the same classes, measured on the same clips.
-    """
-    measured = []
-    for result in results.values():
-        counts = [(row["class"], row["clips"]) for row in result.get("per_class", [])]
-        measured.append((result["kind"], result.get("clips"), counts))
-    if measured[0][0] != "classifier" or any(m != measured[0] for m in measured):
-        return None
+
+def print_means(results):
+    """Means over the seeds of classifiers, {NAME-seedN: result}, that have the same test clips."""
     groups = {}
-    for run, result in results.items():
-        groups.setdefault(re.sub(r"-seed\d+$", "", run), []).append(result)
-    keys = [key for key in next(iter(results.values()))["metrics"] if key != "tags used"]
-    table = []
-    for run, members in groups.items():
-        values = {key: [r["metrics"][key] for r in members] for key in keys}
-        table.append({"run": run, "floor": members[0]["floor"], "values": values})
-
-    lines = ["| run | seeds | " + " | ".join(keys) + " |", "|---|---|" + "---|" * len(keys)]
-    for row in table:
-        runs = len(next(iter(row["values"].values())))
-        cells = [metrics.mean_and_spread(values, ".4f") for values in row["values"].values()]
-        lines.append(f"| {row['run']} | {runs} | " + " | ".join(cells) + " |")
-    floor = table[0]["floor"]
-    cells = [f"{floor[key]:.4f}" if key in floor else "" for key in keys]
-    lines.append("| floor | | " + " | ".join(cells) + " |")
-    return table, "\n".join(lines)
+    for name, result in results.items():
+        if values := result.get("metrics"):
+            group = re.sub(r"-seed\d+$", "", name), result["tested_on"], *values
+            groups.setdefault(group, []).append(values)
+    for (name, *_), runs in groups.items():
+        means = [f"{key} {metrics.mean_and_std([run[key] for run in runs], '.4f')}"
+                 for key in runs[0] if key != "tags used"]
+        print(f"{name}, n = {len(runs)}: " + ", ".join(means))
 
 
-# -----------------------------------------------------------------------------
-
-def checkpoints(patterns):
-    """The paths of the checkpoints; what exists is taken literally before * and [ are patterns."""
-    paths = []
-    for pattern in patterns:
-        literal = os.path.exists(pattern) or os.path.exists(f"{pattern}.index")
-        paths += [pattern] if literal else sorted(glob.glob(pattern)) or [pattern]
-    return paths
-
-
-def run_name(path):
-    """What results are called; those of a TensorFlow prefix begin with the name of its folder."""
-    if path.startswith("released:"):
-        return path.replace(":", "_")
-    stem, ending = os.path.splitext(os.path.basename(path))
-    if ending in (".pt", ".safetensors"):
-        return stem
-    return f"{os.path.basename(os.path.dirname(os.path.abspath(path)))}_{stem}"
+def check_results(targets):
+    """Ends the script before the evaluation if its results could not be written."""
+    path = pathlib.Path(out).absolute()
+    folder = next(place for place in (path, *path.parents) if place.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        die(f"out={out}: {folder} is not a writable folder")
+    for n, target in enumerate(targets):
+        if target in targets[:n] or os.path.exists(f"{target}.json") and not overwrite:
+            die(f"{target}.json exists, or is the result of two of these checkpoints: "
+                "--overwrite=True replaces existing results, --out=FOLDER writes elsewhere")
 
 
-def check_results(paths, out, name, overwrite):
-    """Ends the script if the results cannot be written, or would replace any."""
-    if not name or re.search(r"[/\\]", name):
-        die(f"name={name!r} must be the name of a file in {out}, without / and \\")
-    folder = os.path.abspath(out)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        die(f"out={out}: {folder} is not a folder that can be written to")
-    names = [run_name(path) for path in paths] + [name] * (len(paths) > 1)
-    if len(set(names)) < len(names):
-        die("two of these checkpoints would write the same results: evaluate them one by one "
-            "with --out=FOLDER")
-    for target in names:
-        target = os.path.join(out, f"{target}.json")
-        if os.path.exists(target) and not overwrite:
-            die(f"{target} exists: --overwrite=True replaces it, --out=FOLDER writes elsewhere")
-
-
-def prepared_for(meta, path, kind, folder, split):
-    """The data in `folder`, else what the checkpoint was trained on; split by its fold, if any."""
-    fold = meta["config"].get("fold", -1)
-    if folder:
-        prepared = Prepared(folder, kind)
-        if fold >= 0 and any("fold" in item for item in prepared.index["items"]):
-            return Prepared(folder, kind, fold)
-        if fold >= 0:
-            print(f"note: {path} was trained for fold {fold}; {folder} has no folds, so its own "
-                  f"{split} split is measured")
-        return prepared
-    folder = meta["config"].get("data")
+def prepared_for(meta, path):
+    """Data in the folder `data`, else what the checkpoint was trained on, with its fold if any."""
+    kind = "stems" if meta["kind"] == "separator" else "clips"
+    fold, folder = meta["config"].get("fold", -1), data or meta["config"].get("data")
     if not folder:
-        die(f"{path} does not say what it was trained on: name a folder with --data=")
+        die(f"{path} does not name its training data: name a prepared folder with --data=")
+    if data and fold >= 0 and not any("fold" in i for i in Prepared(data, kind).index["items"]):
+        print(f"note: {path} was trained for fold {fold}, but {data} has no folds: evaluating its "
+              f"{split} split")
+        fold = -1
     prepared = Prepared(folder, kind, fold)
-    now = prepared.trained_on()
-    if meta["config"].get("trained_on", now) != now:
-        die(f"{folder} has other splits or labels than when {path} was trained, so that it may "
-            f"have been trained on what is now the {split} split: train again, or say "
-            f"--data={folder} to evaluate it all the same")
+    if not data and meta["config"].get("trained_on") not in (None, prepared.trained_on()):
+        die(f"the splits or labels in {folder} have changed since {path} was trained, so its "
+            f"training clips may now be in the {split} split: train again, or evaluate it anyway "
+            f"with --data={folder}")
     return prepared
 
 
 def main():
-    config, patterns = runtime.configure(globals(), configs=False)
-    runtime.check_numbers(config)
-    runtime.choose("split", split, SPLITS)
-    runtime.choose("dtype", dtype, runtime.AMP_DTYPES)
-    runtime.at_least(0, bootstrap=bootstrap)
+    config, patterns = settings.configure(globals(), configs=False)
+    settings.check_numbers(config)
+    settings.choose("split", split, SPLITS)
+    settings.choose("dtype", dtype, AMP_DTYPES)
+    settings.at_least(0, bootstrap=bootstrap)
     if not patterns:
         die("name one or more checkpoints: python eval.py ckpt/vocals.pt")
-    paths = checkpoints(patterns)
-    check_results(paths, out, name, overwrite)
-    on, *_ = runtime.start(device)
+    # an existing path is not a pattern, even with [ in its name
+    targets = {path: os.path.join(out, weights.name_of(path)) for pattern in patterns for path in
+               ([pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) or [pattern])}
+    check_results(list(targets.values()))
+    torch_device, *_ = setup_device(device)
     torch.backends.cudnn.allow_tf32 = False         # the same numbers as on a CPU
 
     results = {}
-    for path in paths:
-        net, meta = model.load(path, on)
-        net.amp_dtype = runtime.AMP_DTYPES[dtype]
+    for path, target in targets.items():
+        net, meta = weights.load(path, torch_device)
+        accelerate(net, torch_device)
+        net.amp_dtype = AMP_DTYPES[dtype]
         if meta.get("as_published"):
             print(f"{path}: published weights, trained with {meta['as_published']}")
-        if meta["kind"] == "separator":
-            prepared = prepared_for(meta, path, "stems", data, split)
-            result, excerpt = evaluate_separator(net, path, prepared, split, sources)
-        else:
-            prepared = prepared_for(meta, path, "clips", data, split)
-            trained_for = meta.get("task") or ("tags" if net.multilabel else "genre")
-            clips = Clips(prepared, split, task or trained_for)
-            check_classes(net, meta, path, clips)
-            result, scored = evaluate_classifier(net, path, clips, split, bootstrap, seed)
+        prepared = prepared_for(meta, path)
+        evaluate = evaluate_separator if meta["kind"] == "separator" else evaluate_classifier
+        result, arrays = evaluate(net, meta, path, prepared)
 
-        # what the numbers are made of comes first: a .json file says that all is there
-        target = os.path.join(out, run_name(path))
+        # .npz first: a .json file means that the result is complete
         os.makedirs(out, exist_ok=True)
-        if result["kind"] == "separator":
-            save_excerpt(f"{target}.npz", **excerpt)
-        else:
-            with runtime.atomic(f"{target}.npz", "wb") as f:
-                np.savez_compressed(f, **scored)
+        with atomic(f"{target}.npz", "wb") as f:
+            np.savez_compressed(f, **arrays)
         result = {"checkpoint": path, "step": meta["step"], "commit": meta.get("commit"),
                   "config": meta["config"], "data": prepared.path, "split": split, "dtype": dtype,
                   "trained_on": prepared.trained_on(), "tested_on": prepared.hash_of(split),
-                  **result}
+                  "kind": meta["kind"], **result}
         write_atomically(json.dumps(result, indent=1), f"{target}.json")
         print(f"details: {target}*\n")
-        results[run_name(path)] = result
+        results[weights.name_of(path)] = result
 
-    written, summary = list(results), summarise(results)
-    if len(paths) > 1 and summary:
-        table, text = summary
-        target = os.path.join(out, name)
-        write_atomically(json.dumps(table, indent=1), f"{target}.json")
-        write_atomically(text + "\n", f"{target}.md")
-        print(f"\n{text}\n\nmean ± standard deviation over seeds; {target}.md, .json")
-        written.append(name)
-    elif len(paths) > 1:
-        print("no common table: these checkpoints are not all classifiers of the same classes, "
-              "measured on the same clips")
-    for result_name in written:
-        path = os.path.join(out, f"{result_name}.json")
-        if pictures or report:
-            draw(path)
-        if report and result_name in results:
-            page.result_page(path)
+    if len(results) > 1:
+        print_means(results)
+    for target in targets.values() if pictures else []:
+        draw(f"{target}.json")
 
 
 if __name__ == "__main__":
-    runtime.script(main)
+    settings.script(main)

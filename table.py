@@ -1,19 +1,19 @@
 """
-Runs a whole table, rows x label fractions x folds x seeds, and says which row is better.
+Trains and evaluates a whole table: rows x fractions of the labels x folds x seeds.
 
-    python table.py config/table_v1.py                # all rows of the paper, seeds 1 to 5
-    python table.py config/table_v1.py --jobs=4       # four runs at a time, the cores divided
-    python table.py config/table_v1.py --print=True   # one line per run instead, for a cluster
+    python table.py config/table_v1.py                  # all rows of the paper, seeds 1 to 5
+    python table.py config/table_v1.py --jobs=4         # four runs at a time share the cores
+    python table.py config/table_v1.py --dry_run=True   # print the commands, for a cluster
 
-Runs what is missing, and skips what is finished. Ctrl-C and SIGTERM let every run save first. The
-same command goes on from there. Then, and with --jobs=0 at once, it writes OUT/table.md, .csv,
-.json and .png from the results of the runs alone: mean and standard deviation over the runs, and
-the paired difference to each baseline with a 95 % interval over test clips and runs.
-
-OUT/runs/ holds the checkpoint, log, printed text and results of each run, under its name.
+Finished runs are skipped. Ctrl-C and SIGTERM let all runs save first; the same command resumes
+them. When all are finished, or at once with --jobs=0, it writes OUT/table.md, .csv, .json and .png
+from the results in OUT/runs/: mean and standard deviation over runs, and the paired difference to
+each baseline with a 95 % interval over test clips and runs. `python -m reports.page OUT/table.json`
+makes a page of them.
 """
 import csv
 import functools
+import itertools
 import json
 import os
 import shlex
@@ -24,15 +24,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-import metrics
-import page
-import runtime
-import training
+from common import files, metrics, settings
+from common.device import AMP_DTYPES, cores
+from common.run import FREE_KEYS, Stop, fingerprint
+from common.settings import die
 from data import Prepared
-from report import draw, read_result
-from runtime import die
-
-say = print             # below, print is a setting
+from reports.figures import draw, read_result
 
 # -----------------------------------------------------------------------------
 # settings
@@ -41,166 +38,154 @@ separators = {}         # {name: arguments of pretrain_sep.py}
 rows = {}               # {row: arguments of finetune_cls.py}; {NAME} is the checkpoint of a
                         # separator, or of another row with the same task, fold, labels and seed
 tasks = {}              # {task: arguments of all its runs}
-labels = {1.0: ""}      # {share of the labelled clips: arguments of all its runs}
+labels = {1.0: ""}      # {fraction of the labelled clips: arguments of all its runs}
 folds = [-1]            # of a cross-validation; -1: the prepared split
 seeds = [1, 2, 3, 4, 5]
 baselines = ["scratch", "tail"]     # rows that the others are compared with
-jobs = 1                # runs at a time; 0: only the table of what is finished
+jobs = 1                # runs at a time; 0: only write the table of the finished ones
 test_dtype = "float32"  # eval.py's dtype, for all runs
-report = False          # also write a page with table and pictures
-print = False           # print the commands that are left, one line per run, and run nothing
+dry_run = False         # print the remaining commands, one line per run, and run nothing
 bootstrap = 1000        # resamples for the intervals
 seed = 1                # of the resamples
 # -----------------------------------------------------------------------------
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-# settings that do not change what comes out; of data and .pt files the hash is compared instead
-FREE = ("out", "resume", "overwrite", "data", "device", "compile", "log_every", "workers",
-        "data_on_gpu", "cuda_graph", "report", "track")
-HASHED = ("init", "tail")
+STARTS = ("init", "tail")       # checkpoints to start from: their contents are compared
 
 
 class Job(NamedTuple):
-    """One line of work: train, then evaluate. A separator has no row."""
+    """One run: training, then evaluation. Separators have no row and no cell."""
     name: str
     script: str
     arguments: list
     needs: list                 # names of the jobs whose checkpoints it starts from
     row: str = ""
-    cell: tuple = ()            # (task, share of labels, fold, seed)
+    cell: tuple = ()            # (task, fraction of the labels, fold, seed)
 
 
 # -----------------------------------------------------------------------------
-# what there is to run
+# jobs
 
-def checkpoint_of(name):
-    return os.path.join(out, "runs", f"{name}.pt")
-
-
-def result_of(name):
-    return os.path.join(out, "runs", f"{name}.json")
+def path_of(name, ending):
+    return os.path.join(out, "runs", name + ending)
 
 
-def run_name(row, task, share, fold, number):
+def run_name(row, task, fraction, fold, number):
     of_fold = f"-fold{fold}" if fold >= 0 else ""
-    of_labels = f"-labels{share:g}" if share < 1 else ""
+    of_labels = f"-labels{fraction:g}" if fraction < 1 else ""
     return f"{task}-{row}{of_labels}{of_fold}-seed{number}"
 
 
+def parse(name, arguments, checkpoints=None):
+    """Splits the arguments of a row, separator or task; {NAME} becomes a checkpoint."""
+    try:    # split before formatting: a path may contain spaces
+        parts = shlex.split(arguments + "")
+        return [part.format(**checkpoints) for part in parts] if checkpoints else parts
+    except (TypeError, KeyError, IndexError, ValueError, AttributeError) as e:
+        die(f"{name}: {arguments!r} must be the arguments as for a shell, with names of separators "
+            f"and rows in {{}}: {type(e).__name__}: {e}")
+
+
 def plan():
-    """All jobs, such that what one needs comes before it; whole cells one after the other."""
-    found = [Job(name, "pretrain_sep.py", shlex.split(arguments), [])
-             for name, arguments in separators.items()]
-    for number in seeds:
-        for fold in folds:
-            for share, of_share in labels.items():
-                for task, of_task in tasks.items():
-                    of_all = [*shlex.split(of_task), *shlex.split(of_share)]
-                    found += cell_jobs((task, share, fold, number), of_all)
-    return found
+    """All jobs, in an order in which each comes after those that it needs."""
+    planned = [Job(name, "pretrain_sep.py", parse(name, arguments), [])
+               for name, arguments in separators.items()]
+    cells = itertools.product(seeds, folds, labels.items(), tasks.items())
+    for number, fold, (fraction, fraction_args), (task, task_args) in cells:
+        shared = parse(task, task_args) + parse(fraction, fraction_args)
+        planned += cell_jobs((task, fraction, fold, number), shared)
+    return planned
 
 
-def cell_jobs(cell, of_all):
-    """The jobs of all rows in a cell of the table; what one needs comes before it."""
-    task, share, fold, number = cell
+def cell_jobs(cell, shared):
+    """The jobs of all rows in one cell of the table, ordered by what they need."""
     names = {row: run_name(row, *cell) for row in rows}
-    known = names | {name: name for name in separators}     # a row may be called like a separator
-    paths = {name: checkpoint_of(job) for name, job in known.items()}
-    # these stand last: no row can leave its cell
-    place = [f"--seed={number}", f"--label_fraction={share}", f"--fold={fold}"]
-    found = []
-    for row, of_row in rows.items():
-        needs = [known[name] for name in known if f"{{{name}}}" in of_row]
-        try:    # in this order: a path may have spaces
-            arguments = [part.format(**paths) for part in shlex.split(of_row)]
-        except (KeyError, IndexError, ValueError, AttributeError) as e:
-            die(f"rows: {row}: {of_row!r} cannot be read ({e}): names in {{}} are those of "
-                "separators and rows")
-        arguments = of_all + arguments + place
-        found.append(Job(names[row], "finetune_cls.py", arguments, needs, row, cell))
+    known = names | {name: name for name in separators}
+    paths = {name: path_of(job, ".pt") for name, job in known.items()}
+    # last on the command line, so that no row can override them
+    place = [f"--seed={cell[3]}", f"--label_fraction={cell[1]}", f"--fold={cell[2]}"]
+    pending = []
+    for row, row_args in rows.items():
+        arguments = [*shared, *parse(row, row_args, paths), *place]
+        needs = [known[name] for name in known if f"{{{name}}}" in row_args]
+        pending.append(Job(names[row], "finetune_cls.py", arguments, needs, row, cell))
 
-    # rows that start from others come behind them
     ordered = []
-    while found:
-        left = {job.name for job in found}
-        ready = [job for job in found if not left & set(job.needs)]
+    while pending:
+        left = {job.name for job in pending}
+        ready = [job for job in pending if not left & set(job.needs)]
         if not ready:
-            die(f"rows that need each other can never begin: {', '.join(j.row for j in found)}")
+            die(f"rows that need each other: {', '.join(job.row for job in pending)}")
         ordered += ready
-        found = [job for job in found if job not in ready]
+        pending = [job for job in pending if job not in ready]
     return ordered
 
 
 def commands(job):
-    """The two command lines of a job, as lists, without Python itself."""
-    path = checkpoint_of(job.name)
-    begun = [path.removesuffix(".pt") + ending for ending in (".resume", ".jsonl", ".pt")]
-    how = []
-    if os.path.exists(begun[0]):
+    """The command lines that train and evaluate, as lists without the interpreter."""
+    path, how = path_of(job.name, ".pt"), []
+    if os.path.exists(path_of(job.name, ".resume")):
         how = ["--resume=True"]
-    elif any(map(os.path.exists, begun)):
-        how = ["--overwrite=True"]      # stopped before anything was saved
+    elif os.path.exists(path) or os.path.exists(path_of(job.name, ".jsonl")):
+        how = ["--overwrite=True"]          # stopped before it saved anything to resume from
     train = [job.script, *job.arguments, f"--out={path}", *how]
     test = ["eval.py", path, f"--data={settings_of(job)['data']}",
-            f"--out={os.path.dirname(path)}", "--pictures=False", "--overwrite=True"]
-    if test_dtype != "float32":
-        test.append(f"--dtype={test_dtype}")
+            f"--out={os.path.dirname(path)}", f"--dtype={test_dtype}", "--pictures=False",
+            "--overwrite=True"]
     return train, test
 
 
 def settings_of(job):
     script = os.path.join(HERE, job.script)
-    return runtime.configure({"__file__": script, "__doc__": ""}, job.arguments)[0]
+    return settings.configure({"__file__": script, "__doc__": ""}, job.arguments)[0]
 
 
 def finished(job):
-    """Whether a job has its results. Ends the script if they do not belong in this table."""
-    path = result_of(job.name)
+    """Whether a job has a result. Ends the script if the result does not belong to this table."""
+    path = path_of(job.name, ".json")
     if not os.path.exists(path):
         return False
     result, kind = read_result(path), "classifier" if job.row else "separator"
-    if not isinstance(result, dict) or (result["kind"], result.get("split")) != (kind, "test"):
-        die(f"{path} is not what eval.py writes for the test split of a {kind}: delete it")
-    then = runtime.defaults(os.path.join(HERE, job.script)) | result["config"]
-    now = settings_of(job)
-    wrong = other_settings(then, now) or other_contents(then, now, kind, result.get("tested_on"))
-    tested_in = result.get("dtype", "float32")
-    if not wrong and tested_in != test_dtype:
-        die(f"{path} was tested in {tested_in}, not {test_dtype}: delete it, and the same command "
-            "tests the run again")
-    if wrong:
-        die(f"{path} was made with other settings ({wrong}): delete the files of that run, and it "
-            "is made again; or choose another --out")
+    if (result["kind"], result.get("split")) != (kind, "test"):
+        reason = f"it is not eval.py's result for the test split of a {kind}"
+    elif result["dtype"] != test_dtype:
+        reason = f"it was tested in {result['dtype']}, not {test_dtype}"
+    else:
+        then, now = result["config"], settings_of(job)
+        reason = (changed_settings(then, now) or
+                  changed_contents(then, now, kind, result["tested_on"]))
+    if reason:
+        die(f"{path} does not belong to this table: {reason}. Delete it to evaluate again, all "
+            "files of that run to train again, or choose another --out")
     return True
 
 
-def other_settings(then, now):
-    """Which settings of a finished run are not those of today, in words."""
+def changed_settings(then, now):
+    """The settings that differ between a finished run and now, as text."""
     changed = []
-    for key in [key for key in now if key not in FREE]:
-        old, new = then[key], now[key]
-        if key in HASHED and new.endswith(".pt"):   # the folder of the table may have moved
-            old, new = os.path.basename(old), os.path.basename(new)
+    for key in sorted(now.keys() - {*FREE_KEYS}):
+        old, new = then.get(key), now[key]
+        if key in STARTS and new.endswith(".pt"):       # the folder of the table may have moved
+            old, new = os.path.basename(str(old)), os.path.basename(new)
         if old != new:
             changed.append(f"{key}: {old!r}, now {new!r}")
     return "; ".join(changed)
 
 
-def other_contents(then, now, kind, tested_on):
-    """Which files and data of a finished run are there, but are others today, in words."""
-    for key, what in then.get("started_from", {}).items():
-        if what and training.fingerprint(now[key]) not in ("", what):
-            return f"{now[key]} is another file now"
+def changed_contents(then, now, kind, tested_on):
+    """The checkpoint or data that has changed since a run started from it, as text."""
+    for key, old in then.get("started_from", {}).items():
+        if old and fingerprint(now[key]) not in ("", old):
+            return f"{now[key]} has changed since"
     hashes = data_hashes(now["data"], kind, now.get("fold", -1))
-    # older results do not say what they were tested on
-    if hashes and hashes != (then.get("trained_on"), tested_on or hashes[1]):
-        return f"the splits or labels in {now['data']} are others now"
+    if hashes and hashes != (then.get("trained_on"), tested_on):
+        return f"the splits or labels in {now['data']} have changed since"
     return ""
 
 
 @functools.cache
 def data_hashes(folder, kind, fold):
-    """The hashes of what training and testing see in a prepared folder; None if it is not there."""
+    """Hashes of the train and valid splits, and of the test split; None if there is no data."""
     if not os.path.exists(os.path.join(folder, "index.json")):
         return None
     prepared = Prepared(folder, "clips" if kind == "classifier" else "stems", fold)
@@ -211,26 +196,26 @@ def data_hashes(folder, kind, fold):
 # running
 
 def start(command, job):
-    """A process that runs one command of a job, with its share of the cores."""
-    threads = max(1, runtime.cores() // jobs)
-    with open(checkpoint_of(job.name).removesuffix(".pt") + ".log", "a") as printed:
-        # in a session of its own, or it would be told twice of a Ctrl-C
+    """A process that runs one command of a job, on its share of the cores."""
+    with open(path_of(job.name, ".log"), "a") as log:
+        # in a new session: Ctrl-C reaches the process only once, through us
         return subprocess.Popen(
             [sys.executable, os.path.join(HERE, command[0]), *command[1:]],
-            stdout=printed, stderr=printed, close_fds=False, start_new_session=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+            stdout=log, stderr=log, close_fds=False, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": str(max(1, cores() // jobs))})
 
 
 def run_all(left):
-    """Runs jobs, several at a time; returns the names of those that failed."""
+    """Runs jobs, several at a time; returns the names of the failed ones."""
     waiting, running, failed, ended = list(left), [], [], 0
-    stop, began = runtime.Stop(), time.time()
+    stop, began = Stop(), time.time()
     while running or waiting:
-        for job in list(waiting):           # each comes behind what it needs
+        for job in list(waiting):           # in the order of plan()
+            ready = all(os.path.exists(path_of(name, ".json")) for name in job.needs)
             if set(job.needs) & set(failed):
                 waiting.remove(job)
                 failed.append(job.name)
-            elif len(running) < jobs and all(os.path.exists(result_of(n)) for n in job.needs):
+            elif ready and len(running) < jobs:
                 waiting.remove(job)
                 train, test = commands(job)
                 running.append((job, start(train, job), [test]))
@@ -240,95 +225,94 @@ def run_all(left):
                 process.terminate()
             for _, process, _ in running:
                 process.wait()
-            die("stopped; the same command goes on from there")
+            die("stopped; the same command resumes")
 
-        # what has ended goes on with its next command, or is done
         for entry in list(running):
-            job, process, more = entry
-            status = process.poll()
-            if status is None:
+            job, process, remaining = entry
+            if (status := process.poll()) is None:
                 continue
             running.remove(entry)
-            if status == 0 and more:
-                running.append((job, start(more[0], job), more[1:]))
+            if status == 0 and remaining:
+                running.append((job, start(remaining[0], job), remaining[1:]))
                 continue
             ended += 1
             left_s = (time.time() - began) / ended * (len(left) - ended)
-            what = f"failed, see {checkpoint_of(job.name).removesuffix('.pt')}.log"
             if status == 0:
-                what = headline(read_result(result_of(job.name)))
+                summary = headline(read_result(path_of(job.name, ".json")))
             else:
+                summary = f"failed, see {path_of(job.name, '.log')}"
                 failed.append(job.name)
-            say(f"[{ended}/{len(left)}] {job.name}: {what} | ETA {runtime.clock(left_s)}",
-                flush=True)
+            print(f"[{ended}/{len(left)}] {job.name}: {summary} | ETA {settings.clock(left_s)}",
+                  flush=True)
     return failed
 
 
 def headline(result):
-    """The first number of a result, in words."""
+    """The first metric of a result, as text."""
     if result["kind"] == "classifier":
         key, value = next(iter(result["metrics"].items()))
         return f"{key} {value:.4f}"
-    medians = {source: of["model"]["SI-SDR"] for source, of in result["median"].items()}
-    known = [f"{source} {value:.2f}" for source, value in medians.items() if value is not None]
-    return "SI-SDR in dB: " + ", ".join(known)
+    medians = {source: kinds["model"]["SI-SDR"] for source, kinds in result["median"].items()}
+    return "SI-SDR in dB: " + ", ".join(
+        f"{source} {value:.2f}" for source, value in medians.items() if value is not None)
 
 
 # -----------------------------------------------------------------------------
-# the table, from the files of the runs alone
+# the table, from the results of the runs
 
 def load_run(name):
     """(result, {clips, targets, scores}) of a run."""
-    path = result_of(name).removesuffix(".json") + ".npz"
+    path = path_of(name, ".json")
     try:
-        with np.load(path) as saved:
-            scored = {key: saved[key] for key in ("clips", "targets", "scores")}
-    except Exception as e:  # np.load has no error type of its own: zip, zlib, pickle
-        die(f"{path} cannot be read ({type(e).__name__}: {e}): delete it and {result_of(name)}, "
-            "and the same command makes them again")
-    return read_result(result_of(name)), scored
+        with np.load(path_of(name, ".npz")) as saved:
+            arrays = {key: saved[key] for key in ("clips", "targets", "scores")}
+    except Exception as e:  # np.load raises errors of zipfile, zlib, pickle and its own
+        die(f"{path_of(name, '.npz')} cannot be read ({type(e).__name__}: {e}): delete it and "
+            f"{path} to evaluate again")
+    return read_result(path), arrays
 
 
 def check_tests(runs):
-    """Ends the script if two of {cell: (result, scores)} differ in the clips of the same fold."""
-    seen = {}
-    for cell, (_, scored) in runs:
-        first_cell, first = seen.setdefault(cell[2], (cell, scored))
-        for key in ("clips", "targets"):
-            if not np.array_equal(first[key], scored[key]):
-                die(f"the runs of {first_cell} and {cell} were tested on other clips or labels: "
-                    "delete the older ones, and run them again")
+    """Ends the script if two runs on the same fold were tested on different clips or labels.
+
+    runs: [(cell, (result, arrays))].
+    """
+    first = {}
+    for cell, (_, arrays) in runs:
+        first_cell, expected = first.setdefault(cell[2], (cell, arrays))
+        if any(not np.array_equal(expected[key], arrays[key]) for key in ("clips", "targets")):
+            die(f"the runs of {first_cell} and {cell} were tested on different clips or labels: "
+                "delete the results of the older one to evaluate again")
 
 
 def paired(runs, baseline):
-    """The test set, targets and both runs' scores of each cell in which both have a run."""
-    both = [(cell, scored, baseline[cell][1]) for cell, (_, scored) in runs.items()
+    """[(fold, targets, scores, scores of the baseline)] of the cells that both have a run for."""
+    both = [(cell, arrays, baseline[cell][1]) for cell, (_, arrays) in runs.items()
             if cell in baseline]
-    return [(cell[2], one["targets"], one["scores"], other["scores"]) for cell, one, other in both]
+    return [(cell[2], a["targets"], a["scores"], b["scores"]) for cell, a, b in both]
 
 
 def summarise(done):
-    """[{task, labels, row, runs, metrics, floor, differences}] of finished jobs."""
+    """[{task, labels, row, runs, metrics, chance, differences}] of finished jobs."""
     groups = {}
     for job in done:
-        task, share = job.cell[:2]
-        groups.setdefault((task, share), {}).setdefault(job.row, {})[job.cell] = load_run(job.name)
+        group = groups.setdefault(job.cell[:2], {})
+        group.setdefault(job.row, {})[job.cell] = load_run(job.name)
     table = []
-    for (task, share), of_rows in groups.items():
-        check_tests([run for runs in of_rows.values() for run in runs.items()])
-        for row, runs in of_rows.items():
+    for (task, fraction), by_row in groups.items():
+        check_tests([run for runs in by_row.values() for run in runs.items()])
+        for row, runs in by_row.items():
             first = next(iter(runs.values()))[0]
-            measure = metrics.genre_metrics
-            if "ROC-AUC" in first["metrics"]:
-                measure = metrics.tag_metrics
-            found = [measure(scored["targets"], scored["scores"]) for _, scored in runs.values()]
-            keys = [key for key in found[0] if key != "tags used"]
-            entry = {"task": task, "labels": share, "row": row, "runs": len(runs),
-                     "metrics": {key: [float(one[key][0]) for one in found] for key in keys},
-                     "floor": first["floor"], "differences": {}}
-            for base in baselines:
-                pairs = paired(runs, of_rows.get(base, {}))
-                if row != base and pairs:
+            tags = "ROC-AUC" in first["metrics"]
+            measure = metrics.tag_metrics if tags else metrics.genre_metrics
+            values = [measure(arrays["targets"], arrays["scores"]) for _, arrays in runs.values()]
+            keys = [key for key in values[0] if key != "tags used"]
+            entry = {"task": task, "labels": fraction, "row": row, "runs": len(runs),
+                     "metrics": {key: [float(one[key][0]) for one in values] for key in keys},
+                     "chance": first["chance"], "differences": {}}
+            for base in [base for base in baselines if base != row]:
+                pairs = paired(runs, by_row.get(base, {}))
+                if pairs:
                     entry["differences"][base] = metrics.paired_interval(
                         measure, pairs, bootstrap, seed)
             table.append(entry)
@@ -336,33 +320,30 @@ def summarise(done):
 
 
 def as_text(table):
-    """Markdown: one table per task and share of the labels."""
+    """Markdown: one table per task and fraction of the labels."""
     lines = []
-    for task, share in dict.fromkeys((entry["task"], entry["labels"]) for entry in table):
-        entries = [e for e in table if (e["task"], e["labels"]) == (task, share)]
+    for task, fraction in dict.fromkeys((entry["task"], entry["labels"]) for entry in table):
+        entries = [e for e in table if (e["task"], e["labels"]) == (task, fraction)]
         keys = list(entries[0]["metrics"])[:2]
-        heads = [f"{key} minus {base}" for base in baselines for key in keys]
-        lines += [f"**{task}, {100 * share:g} % of the labels**", "",
-                  "| row | runs | " + " | ".join(keys + heads) + " |",
-                  "|---|" + "---|" * (1 + len(keys) + len(heads))]
+        columns = [(base, key) for base in baselines for key in keys]
+        heads = ["row", "runs", *keys, *(f"{key} minus {base}" for base, key in columns)]
+        lines += [f"**{task}, {100 * fraction:g} % of the labels**", "",
+                  "| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for entry in entries:
-            cells = [metrics.mean_and_spread(entry["metrics"][key]) for key in keys]
-            for base in baselines:
-                for key in keys:
-                    found = entry["differences"].get(base, {}).get(key)
-                    cells.append(metrics.difference(found))
+            cells = [metrics.mean_and_std(entry["metrics"][key]) for key in keys]
+            cells += [metrics.difference(entry["differences"].get(base, {}).get(key))
+                      for base, key in columns]
             lines.append(f"| {entry['row']} | {entry['runs']} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
 
 
 def write_csv(table, path):
-    """One line per task, share of the labels, row and metric."""
+    """One line per task, fraction of the labels, row and metric."""
     heads = ["task", "labels", "row", "metric", "runs", "mean", "std"]
     for base in baselines:
-        heads += [f"minus {base}", f"minus {base}: low", f"minus {base}: high",
-                  f"minus {base}: pairs"]
-    with runtime.atomic(path, "w", encoding="utf-8", newline="") as f:
+        heads += [f"minus {base}{what}" for what in ("", ": low", ": high", ": pairs")]
+    with files.atomic(path, "w", encoding="utf-8", newline="") as f:
         lines = csv.writer(f)
         lines.writerow(heads)
         for entry in table:
@@ -371,83 +352,69 @@ def write_csv(table, path):
                 cells = [entry["task"], entry["labels"], entry["row"], key, len(values),
                          np.mean(values), spread]
                 for base in baselines:
-                    found = entry["differences"].get(base, {}).get(key)
-                    cells += [*found[:3], len(found[3])] if found else [""] * 4
+                    interval = entry["differences"].get(base, {}).get(key)
+                    cells += [*interval[:3], len(interval[3])] if interval else [""] * 4
                 lines.writerow(cells)
 
 
 # -----------------------------------------------------------------------------
 
-def check_arguments(what, arguments):
-    if type(arguments) is not str:
-        die(f"{what!r}: its arguments must be one text, as for a shell, got {arguments!r}")
-
-
 def check_settings(config):
     if not rows or not tasks:
         die("a table needs rows and tasks: name a config file, such as config/table_v1.py")
-    runtime.check_numbers(config)
-    runtime.at_least(0, jobs=jobs)
-    runtime.choose("test_dtype", test_dtype, runtime.AMP_DTYPES)
-    runtime.at_least(1, bootstrap=bootstrap)
-    runtime.at_least(-1, **{f"folds ({fold})": fold for fold in folds})
+    settings.check_numbers(config | {"labels": list(labels)}, "labels")
+    settings.within(0, 1, labels=max(labels, default=1))
+    settings.at_least(0, jobs=jobs)
+    settings.choose("test_dtype", test_dtype, AMP_DTYPES)
+    settings.at_least(1, bootstrap=bootstrap)
+    settings.at_least(-1, folds=min(folds, default=-1))
     for key, values in (("seeds", seeds), ("folds", folds)):
         if not values or len(set(values)) < len(values):
             die(f"{key} must be different numbers, got {values}")
-    for base in baselines:
-        if base not in rows and baselines != ["scratch", "tail"]:
-            die(f"baselines: {base!r} is not one of the rows {', '.join(map(str, rows))}")
-    for what, arguments in (separators | rows | tasks).items():
-        if type(what) is not str or not what.replace("_", "").replace("+", "").isalnum():
-            die(f"{what!r} becomes part of a file's name: use letters, digits and _")
-        check_arguments(what, arguments)
-    for share, arguments in labels.items():
-        check_arguments(share, arguments)
-        if not isinstance(share, (int, float)) or not 0 < share <= 1:
-            die(f"labels must be {{share: arguments}} with shares above 0 and up to 1, got {share}")
+    if not set(baselines) <= {*rows, "scratch", "tail"}:
+        die(f"baselines {', '.join(baselines)} must be some of the rows {', '.join(rows)}")
+    for name in separators | rows | tasks:
+        if type(name) is not str or not name.replace("_", "").replace("+", "").isalnum():
+            die(f"{name!r} becomes part of a file name: use letters, digits and _")
 
 
 def main():
     global out
-    config, names = runtime.configure(globals())
+    config, names = settings.configure(globals())
     out = out or os.path.join("results", "_".join(names))
     check_settings(config)
-    everything = plan()
-    left = [job for job in everything if not finished(job)]
-    if print:
+    planned = plan()
+    left = [job for job in planned if not finished(job)]
+    if dry_run:
         for job in left:
-            say(" && ".join("python " + shlex.join(command) for command in commands(job)))
-        return 0
+            print(" && ".join("python " + shlex.join(command) for command in commands(job)))
+        return
 
     failed = []
     if jobs and left:
         os.makedirs(os.path.join(out, "runs"), exist_ok=True)
-        runtime.hold(out)
-        say(f"{len(everything)} runs, {len(everything) - len(left)} are finished; {jobs} at a time")
+        files.lock(os.path.join(out, ".lock"), out)         # the runs inherit it
+        print(f"{len(planned)} runs, {len(planned) - len(left)} are finished; {jobs} at a time")
         failed = run_all(left)
-    done = [job for job in everything if job.row and finished(job)]
+    done = [job for job in planned if job.row and finished(job)]
     if not done:
         die(f"no run is finished in {out}")
-    commits = {read_result(result_of(job.name)).get("commit") for job in done}
+    commits = {read_result(path_of(job.name, ".json"))["commit"] for job in done}
     if len(commits) > 1:
-        say(f"note: these runs were made by {len(commits)} versions of this code")
-    table = summarise(done)
-    text, base = as_text(table), os.path.join(out, "table")
-    whole = {"kind": "table", "checkpoint": "", "baselines": baselines, "entries": table}
-    runtime.write_atomically(text, f"{base}.md")
-    runtime.write_atomically(json.dumps(whole, indent=1), f"{base}.json")
+        print(f"note: these runs were made by {len(commits)} versions of this code")
+    table, base = summarise(done), os.path.join(out, "table")
+    text = as_text(table)
+    result = {"kind": "table", "checkpoint": "", "baselines": baselines, "entries": table}
+    files.write_atomically(text, f"{base}.md")
+    files.write_atomically(json.dumps(result, indent=1), f"{base}.json")
     write_csv(table, f"{base}.csv")
-    say(f"\n{text}\nmean ± standard deviation over runs; differences are paired, with a 95 % "
-        f"interval over clips and runs; {base}.md, .csv, .json")
+    print(f"\n{text}\nmean ± standard deviation over runs; differences are paired, with 95 % "
+          f"intervals over test clips and runs; {base}.md, .csv, .json")
     draw(f"{base}.json")
-    if report:
-        page.result_page(f"{base}.json")
     if failed:
-        more = ", ..." if len(failed) > 3 else ""
-        die(f"{len(failed)} of {len(left)} runs failed: {', '.join(failed[:3])}{more}; the same "
-            "command tries them again")
-    return 0
+        die(f"{len(failed)} of {len(left)} runs failed: {', '.join(failed[:9])}; the same command "
+            "tries them again")
 
 
 if __name__ == "__main__":
-    runtime.script(main)
+    settings.script(main)
