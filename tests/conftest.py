@@ -1,5 +1,6 @@
-"""What several test files need: scripts run as a user runs them, and small data and weights."""
+"""Shared by the tests: scripts run as a user runs them, small data and small networks."""
 import http.server
+import importlib
 import json
 import multiprocessing
 import os
@@ -18,20 +19,20 @@ import pytest
 import soundfile as sf
 import torch
 
-import download
 import prepare_data
-import tf_checkpoint
+from common import download, settings
+from weights import tensorflow
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 REAL = SHARED / "realdata"
-needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="the real files are not there")
+needs_real = pytest.mark.skipif(not REAL.is_dir(), reason="needs the real files")
 
 RATE = 16000
 NARROW = [4, 4, 4, 4, 4, 4]
 TAIL = [4, 4, 4, 4, 4, 4, 8]
 
-# the smallest settings with which the two training scripts do all that they do
+# the smallest settings with which the training scripts still do everything
 COMMON = ["--log_every=1", "--compile=False", "--device=cpu"]
 SEP = [f"--widths={NARROW}", "--batch_size=2", "--val_mixes=2", "--val_every=2", *COMMON]
 CLS = [f"--widths={NARROW}", f"--tail_widths={TAIL}", "--batch_size=4", "--epochs=2", *COMMON]
@@ -42,55 +43,67 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 # -----------------------------------------------------------------------------
 # running scripts
 
-def run(script, *args, ok=True, env=None):
-    """Runs a script as a user would; returns what it printed.
+def run(script, *args, ok=True, env=None, constants=None):
+    """Runs "eval.py", ["-m", "tools.bench"] or another command of Python; returns its output.
 
-    With ok=False it must end with one line that begins with "error: ", which is returned.
+    With ok=False it must fail with one line that begins with "error: ": then returns stderr.
+    constants: {"finetune_cls.PATIENCE": 0}, values to set in modules before a script runs.
     """
     args = [str(arg) for arg in args]
-    if isinstance(script, str) and not env and sys.platform == "linux":
-        status, said, errors = run_forked(script, args)
+    script = script if isinstance(script, list) else [script]
+    is_ours = len(script) == 1 or script[0] == "-m" and len(script) == 2
+    if is_ours and not env and sys.platform == "linux":
+        status, output, errors = run_forked(script[-1], args, constants or {})
     else:
-        script = script if isinstance(script, list) else [script]
+        assert not constants
         done = subprocess.run(
             [sys.executable, *script, *args], cwd=ROOT, capture_output=True, text=True,
             timeout=280, env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})})
-        status, said, errors = done.returncode, done.stdout, done.stderr
+        status, output, errors = done.returncode, done.stdout, done.stderr
     if ok:
-        assert status == 0, said[-2000:] + errors[-4000:]
-        return said
+        assert status == 0, output[-2000:] + errors[-4000:]
+        return output
     assert status == 1 and "Traceback" not in errors, errors[-4000:]
     assert errors.strip().splitlines()[-1].startswith("error: "), errors
     return errors
 
 
-def run_forked(script, args):
-    """(exit status, output, errors) of a script in a process that has torch loaded already.
+def run_forked(script, args, constants):
+    """(exit status, stdout, stderr) of a script or module, forked from a server with torch loaded.
 
-    Loading it, and what its optimizers load, takes six seconds; some hundred scripts are run.
+    Importing torch, and what its optimizers import, takes six seconds; tests run some 100 scripts.
     """
     server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["torch", "torchaudio", "torch._dynamo", "matplotlib.figure"])
+    server.set_forkserver_preload(["torch", "torch._dynamo", "matplotlib.figure"])
     with tempfile.TemporaryDirectory() as folder:
-        process = server.Process(target=run_here, args=(folder, script, args))
+        process = server.Process(target=run_here, args=(folder, script, args, constants))
         process.start()
         process.join(280)
         process.kill()
-        said, errors = (Path(folder, name).read_text() for name in ("out", "err"))
-    return process.exitcode, said, errors
+        output, errors = (Path(folder, name).read_text() for name in ("out", "err"))
+    return process.exitcode, output, errors
 
 
-def run_here(folder, script, args):
+def run_here(folder, script, args, constants):
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(os.path.join(folder, name), os.O_WRONLY | os.O_CREAT), number)
     os.chdir(ROOT)
     torch.set_num_threads(1)
     sys.argv = [script, *args]
-    runpy.run_path(str(ROOT / script), run_name="__main__")
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), constant)
+        setattr(sys.modules[module], constant, value)
+    if constants:
+        settings.script(importlib.import_module(script.removesuffix(".py")).main)
+    elif script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 def prepare(out, *args):
-    """Runs prepare_data.py in this process; returns the exit status, or the error line."""
+    """Runs prepare_data.py in this process; returns its exit status or error message."""
     try:
         return prepare_data.main([*map(str, args), f"--out={out}"])
     except (ValueError, OSError) as e:
@@ -107,7 +120,7 @@ def tone(hertz, rate, seconds, amplitude=0.5):
 
 
 def sound(path, seconds=5.0, rate=RATE, seed=0, **options):
-    """Writes a file of noise; its format is that of its name."""
+    """Writes a file of noise, in the format of its suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     wave = 0.1 * np.random.default_rng(seed).standard_normal(int(rate * seconds))
     sf.write(path, wave, rate, format=path.suffix[1:].upper(), **options)
@@ -118,8 +131,8 @@ def encode(path, wave, rate, codec, streams=1, bit_rate=128_000):
     wave = np.atleast_2d(wave.T).astype(np.float32)                             # (C, N)
     layout = "mono" if len(wave) == 1 else "stereo"
     with av.open(str(path), "w") as out:
-        made = [out.add_stream(codec, rate=rate, layout=layout) for _ in range(streams)]
-        for k, stream in enumerate(made):
+        tracks = [out.add_stream(codec, rate=rate, layout=layout) for _ in range(streams)]
+        for k, stream in enumerate(tracks):
             stream.bit_rate = bit_rate
             resampler = av.AudioResampler(stream.format, layout, rate)
             frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(wave / (k + 1)), "fltp", layout)
@@ -133,7 +146,7 @@ def encode(path, wave, rate, codec, streams=1, bit_rate=128_000):
 
 
 def wav_header(rate, channels, frames, samples):
-    """A 16-bit wav file whose header may say anything."""
+    """A 16-bit wav file whose header may contradict its content."""
     size = frames * channels * 2
     form = struct.pack("<IHHIIHH", 16, 1, channels, rate, rate * channels * 2 % 2 ** 32,
                        channels * 2, 16)
@@ -147,7 +160,7 @@ def index_of(folder):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """A very small demo set: a folder with demo_songs and demo_clips."""
+    """A folder with demo_songs and demo_clips, very small."""
     out = tmp_path_factory.mktemp("data")
     run("prepare_data.py", "demo", f"--out={out}", "--songs=3,2,2", "--song_seconds=15",
         "--clips=10,4,12", "--clip_seconds=6")
@@ -165,18 +178,18 @@ def separator(demo, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tail_only(demo, tmp_path_factory):
-    """A tail-only tagger trained for two epochs."""
+    """A tagger without U-Net, trained for two epochs."""
     out = tmp_path_factory.mktemp("ckpt") / "tail.pt"
-    run("finetune_cls.py", "config/mtat.py", "config/tail.py", *CLS, f"--data={demo}/demo_clips",
+    run("finetune_cls.py", "config/mtat.py", "--variant=tail", *CLS, f"--data={demo}/demo_clips",
         f"--out={out}")
     return out
 
 
 # -----------------------------------------------------------------------------
-# a server of files
+# a file server
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """files: {name: bytes}; mood: {name: what to do at the next requests}; seen: requests."""
+    """files: {name: bytes}; mood: {name: faults of the next answers}; seen: requests so far."""
     files, mood, seen = {}, {}, []
 
     def do_HEAD(self):
@@ -231,7 +244,7 @@ def noise(*shape, seed=0):
 
 
 def randomise(net, seed=0):
-    """Gives weights and BatchNorm statistics no special values: swapping two of them shows."""
+    """Random weights and BatchNorm statistics, so that swapping any two of them is noticed."""
     generator = torch.Generator().manual_seed(seed)
     for name, value in net.state_dict().items():
         if not value.is_floating_point():
@@ -254,19 +267,19 @@ def same_weights(a, b):
 
 
 def log_of(path):
-    """The entries of the log beside a checkpoint."""
+    """The log entries of the run with this checkpoint."""
     log = Path(str(path).removesuffix(".pt") + ".jsonl")
     return [json.loads(line) for line in log.read_text().splitlines()]
 
 
-def facts(path):
-    """What of a log must be the same after a stop: all but times."""
+def log_values(path):
+    """The log entries without times: equal for equal runs."""
     keys = ("step", "loss", "val_loss", "best", "lr", "epoch", "phase")
     return [{key: entry.get(key) for key in keys} for entry in log_of(path)]
 
 
 def stopped_by(number, script, lines, out, *args):
-    """Starts a script, sends it a signal after so many lines of its log; what it printed."""
+    """(output, exit status) of a script that gets a signal once its log has so many lines."""
     process = subprocess.Popen(
         [sys.executable, script, *map(str, args), f"--out={out}"], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -275,27 +288,28 @@ def stopped_by(number, script, lines, out, *args):
     while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= lines):
         time.sleep(0.01)
     process.send_signal(number)
-    said, _ = process.communicate(timeout=100)
-    return said, process.returncode
+    output, _ = process.communicate(timeout=100)
+    return output, process.returncode
 
 
 # -----------------------------------------------------------------------------
-# TensorFlow checkpoints, as TensorFlow writes them
+# TensorFlow checkpoints in their own format
 
-def divided(c):
-    """One byte of CRC-32C, bit by bit, from its definition."""
+def crc_of_byte(c):
+    """CRC-32C of one byte, bit by bit, from its definition."""
     for _ in range(8):
         c = c >> 1 ^ (0x82F63B78 if c & 1 else 0)
     return c
 
 
-OF_BYTE = [divided(byte) for byte in range(256)]
+CRC_TABLE = [crc_of_byte(byte) for byte in range(256)]
 
 
-def slow_crc(raw):
+def crc32c(raw):
+    """Independent of the package that the reader uses."""
     c = 0xFFFFFFFF
     for byte in raw:
-        c = c >> 8 ^ OF_BYTE[(c ^ byte) & 255]
+        c = c >> 8 ^ CRC_TABLE[(c ^ byte) & 255]
     return c ^ 0xFFFFFFFF
 
 
@@ -308,13 +322,13 @@ def varint(n):
 
 
 def keras_tensors(net):
-    """{(layer number, name): array} of a network under Keras' names and in its layouts."""
-    found = {}
-    for n, m in enumerate(tf_checkpoint.weighted_layers(net)):
+    """{(layer number, name): array} of a network, with Keras' names and layouts."""
+    tensors = {}
+    for n, m in enumerate(tensorflow.weighted_layers(net)):
         w = m.weight.detach().numpy()
         if w.ndim == 1:
-            found |= {(n, "gamma"): w, (n, "beta"): m.bias, (n, "moving_mean"): m.running_mean,
-                      (n, "moving_variance"): m.running_var}
+            tensors |= {(n, "gamma"): w, (n, "beta"): m.bias, (n, "moving_mean"): m.running_mean,
+                        (n, "moving_variance"): m.running_var}
             continue
         if w.ndim == 4:
             w = w.transpose(2, 3, 1, 0)
@@ -322,13 +336,13 @@ def keras_tensors(net):
             w = w.reshape(len(w), -1, 2, 1).transpose(2, 3, 1, 0).reshape(-1, len(w))
         else:
             w = w.T
-        found |= {(n, "kernel"): w, (n, "bias"): m.bias}
+        tensors |= {(n, "kernel"): w, (n, "bias"): m.bias}
     return {key: np.ascontiguousarray(torch.as_tensor(value).detach().numpy(), "<f4")
-            for key, value in found.items()}
+            for key, value in tensors.items()}
 
 
 def table_block(pairs, at):
-    """(bytes, handle) of a block of a LevelDB table that begins at byte `at`."""
+    """(bytes, handle) of a block at byte `at` of a LevelDB table."""
     body, last = b"", b""
     for i, (key, value) in enumerate(pairs):
         shared = len(os.path.commonprefix([key, last])) if i % 16 else 0
@@ -336,11 +350,11 @@ def table_block(pairs, at):
         body += key[shared:] + value
         last = key
     body += bytes(4) + (1).to_bytes(4, "little") + b"\0"
-    return body + mask(slow_crc(body)).to_bytes(4, "little"), varint(at) + varint(len(body) - 1)
+    return body + mask(crc32c(body)).to_bytes(4, "little"), varint(at) + varint(len(body) - 1)
 
 
 def as_dtype(value, dtype):
-    """(number in TensorFlow's DataType, bytes) of a float32 array."""
+    """(TensorFlow DataType, bytes) of a float32 array."""
     if dtype == "half":
         return 19, value.astype("<f2").tobytes()
     if dtype == "bfloat16":
@@ -349,7 +363,7 @@ def as_dtype(value, dtype):
 
 
 def write_tensorflow(net, prefix, shards=1, dtype="float32"):
-    """Our weights as a TensorFlow checkpoint, plus an optimizer slot to be passed over."""
+    """Writes a TensorFlow checkpoint of a network, with optimizer slots, which readers skip."""
     entries, data = {"": b"\x08" + varint(shards) + b"\x1a\x02\x08\x01"}, [b""] * shards
     for number, ((n, name), value) in enumerate(keras_tensors(net).items()):
         shard = number % shards
@@ -359,7 +373,7 @@ def write_tensorflow(net, prefix, shards=1, dtype="float32"):
         entry = b"\x08" + varint(kind) + b"\x12" + varint(len(shape)) + shape
         entry += b"\x18" + varint(shard) + b"\x20" + varint(len(data[shard]))
         entry += b"\x28" + varint(len(raw))
-        crc = b"\x35" + mask(slow_crc(raw)).to_bytes(4, "little")
+        crc = b"\x35" + mask(crc32c(raw)).to_bytes(4, "little")
         variable = f"layer_with_weights-{n}/{name}"
         entries[f"{variable}/.ATTRIBUTES/VARIABLE_VALUE"] = entry + crc
         entries[f"{variable}/.OPTIMIZER_SLOT/optimizer/m/.ATTRIBUTES/VARIABLE_VALUE"] = entry
@@ -367,9 +381,9 @@ def write_tensorflow(net, prefix, shards=1, dtype="float32"):
 
     pairs, table, handles = sorted((k.encode(), v) for k, v in entries.items()), b"", []
     for i in range(0, len(pairs), 50):  # several data blocks
-        written, handle = table_block(pairs[i:i + 50], len(table))
+        block, handle = table_block(pairs[i:i + 50], len(table))
         handles.append((pairs[i:i + 50][-1][0], handle))
-        table += written
+        table += block
     meta, meta_handle = table_block([], len(table))
     table += meta
     index, index_handle = table_block(handles, len(table))

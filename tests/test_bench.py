@@ -1,12 +1,12 @@
-"""What bench.py says of a network."""
+"""Speed of a network: tools/bench.py and what it counts."""
 import pytest
 import torch
 import torch.nn as nn
 from conftest import NARROW, TAIL, run
 
-import bench
 import model
-import training
+from common import device
+from tools import bench
 
 
 def flops_by_hand(net, crop):
@@ -29,16 +29,16 @@ def flops_by_hand(net, crop):
     return sum(total)
 
 
-def test_arithmetic_is_counted():
+def test_flops_equal_a_count_by_hand():
     net = model.Classifier(5, True, "v3", widths=NARROW, tail_widths=TAIL)
     by_hand = flops_by_hand(net, model.CROP)
     mel = 2 * 2 * 384 * 256 * 128           # of the mixture and of one source
-    assert training.flops_per_crop(net, model.CROP, "cpu") == 3 * (by_hand + mel)
+    assert device.count_flops(net, model.CROP, "cpu") == 3 * (by_hand + mel)
 
 
-def test_one_line_per_network(demo):
+def test_bench_prints_one_row_per_network(demo):
     args = ["--size=demo", "--steps=1", "--song=4", "--batch_size=2"]
-    said = run(["bench.py"], "--networks=separator,tail", *args).splitlines()
+    said = run(["-m", "tools.bench"], "--networks=separator,tail", *args).splitlines()
     heads, first, second = (row.strip("| ").split(" | ") for row in (said[2], said[4], said[5]))
     assert [head.strip() for head in heads] == list(bench.HEADS)
     assert (first[0].strip(), second[0].strip()) == ("separator", "tail")
@@ -46,25 +46,25 @@ def test_one_line_per_network(demo):
     assert float(first[2]) > 0 and float(first[9]) > 0
 
     # real data: separators take stems, and say so of clips
-    said = run(["bench.py"], "--networks=separator4", *args, f"--data={demo}/demo_songs")
+    said = run(["-m", "tools.bench"], "--networks=separator4", *args, f"--data={demo}/demo_songs")
     assert "separator4" in said
-    assert "stems" in run(["bench.py"], "--networks=separator4", *args, f"--data={demo}/demo_clips",
-                          ok=False)
+    assert "stems" in run(["-m", "tools.bench"], "--networks=separator4", *args,
+                          f"--data={demo}/demo_clips", ok=False)
 
 
-def test_a_wrong_setting_is_one_line():
-    assert "networks must be one of" in run("bench.py", "--networks=unet", ok=False)
-    assert "size must be one of" in run("bench.py", "--size=tiny", ok=False)
+def test_wrong_settings_name_the_key():
+    assert "networks must be one of" in run(["-m", "tools.bench"], "--networks=unet", ok=False)
+    assert "size must be one of" in run(["-m", "tools.bench"], "--size=tiny", ok=False)
 
 
-@pytest.mark.parametrize("speed, told", [(lambda threads: 1.0, True), (lambda n: float(n), False)])
-def test_threads_that_wait_for_others_are_told_of(speed, told, monkeypatch, capsys):
-    monkeypatch.setattr(training, "matmul_rate", lambda *_: speed(torch.get_num_threads()))
+@pytest.mark.parametrize("speed, reported", [(lambda n: 1.0, True), (float, False)])
+def test_busy_cores_are_reported(speed, reported, monkeypatch, capsys):
+    monkeypatch.setattr(device, "matmul_rate", lambda *_: speed(torch.get_num_threads()))
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        training.floor_per_crop(model.Separator(["vocals"], NARROW), model.CROP, "cpu")
+        device.peak_seconds(model.Separator(["vocals"], NARROW), model.CROP, "cpu")
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
-    assert ("OMP_NUM_THREADS=1" in capsys.readouterr().out) == told
+    assert ("OMP_NUM_THREADS=1" in capsys.readouterr().out) == reported

@@ -1,5 +1,5 @@
 """
-What only a GPU can show; without one, all of this is skipped.
+Training on a CUDA GPU; skipped without one.
 
     python -m pytest -q tests/test_gpu.py
 """
@@ -12,19 +12,17 @@ import torch
 from conftest import CLS, SEP, TAIL, log_of, run
 
 import data
-import finetune_cls
 import model
-import pretrain_sep
-import training
-from data import prefetch
+from common import device as devices
+from common.run import Meter
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 WIDTHS = [8, 16, 16, 16, 16, 16]
 
 
 @pytest.fixture(autouse=True)
 def exact(monkeypatch):
-    """Whole float32 and the same algorithm each time, or nothing could be compared."""
+    """Full float32 and deterministic algorithms."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
@@ -52,29 +50,31 @@ def batch(number, kind, device):
 
 def loss_of(net, wave, target):
     if isinstance(net, model.Separator):
-        return pretrain_sep.l1_loss(net(wave), target)
-    return finetune_cls.crop_losses(net(wave), target, True).mean()
+        return model.l1_loss(net(wave), target)
+    return model.crop_losses(net(wave), target, True).mean()
 
 
-def distance(found, wanted):
-    """The size of the difference, as a share of the size of what is wanted."""
-    return float((found.cpu().double() - wanted.cpu().double()).norm() / wanted.double().norm())
+def distance(values, expected):
+    """Relative error in the L2 norm."""
+    difference = values.cpu().double() - expected.cpu().double()
+    return float(difference.norm() / expected.double().norm())
 
 
 # -----------------------------------------------------------------------------
 # the same numbers as on a CPU
 
-# Gradients of a network that has learnt nothing depend much on rounding: in float32, PyTorch's
-# functions and our kernels differ by up to 2 % on a CPU, and bfloat16 has not much in common.
+# Gradients of an untrained network depend strongly on rounding: in float32 two implementations on a
+# CPU differ by up to 2 %, and those in bfloat16 have little in common.
 @pytest.mark.parametrize("make, kind", [(separator, "separator"), (classifier, "classifier")])
 @pytest.mark.parametrize("dtype, loss_within, gradient_within", [
     (None, 1e-4, 2e-2), (torch.bfloat16, 5e-2, None)])
-def test_losses_and_gradients_are_those_of_a_cpu(make, kind, dtype, loss_within, gradient_within):
+def test_losses_and_gradients_equal_those_on_a_cpu(make, kind, dtype, loss_within, gradient_within):
     on_cpu, on_gpu = make(), make(dtype).cuda()
+    devices.accelerate(on_gpu, "cuda")
     losses, gradients = [], []
     for net, device in ((on_gpu, "cuda"), (on_cpu, "cpu")):
         for module in net.modules():
-            module.p = 0.0                          # dropout would draw other numbers
+            module.p = 0.0                          # the random numbers of dropout differ
         loss = loss_of(net, *batch(0, kind, device))
         loss.backward()
         losses.append(loss.detach())
@@ -84,46 +84,47 @@ def test_losses_and_gradients_are_those_of_a_cpu(make, kind, dtype, loss_within,
     assert gradient_within is None or distance(*gradients) < gradient_within
 
 
-def test_arithmetic_is_counted_as_on_a_cpu():
+def test_operations_are_counted_as_on_a_cpu():
     net = separator()
-    wanted = training.flops_per_crop(net, model.CROP, "cpu")
-    assert training.flops_per_crop(net.cuda(), model.CROP, "cuda") == wanted
+    on_cpu = devices.count_flops(net, model.CROP, "cpu")
+    assert devices.count_flops(net.cuda(), model.CROP, "cuda") == on_cpu
 
 
 # -----------------------------------------------------------------------------
-# a step as a CUDA graph
+# CUDA graphs
 
 def trained(make, kind, graphed, steps=7):
     """(network, losses) after some steps, each with another batch."""
     net = make().cuda().train()
+    devices.accelerate(net, "cuda")
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, eps=1e-7, fused=True)
 
-    def learn(wave, target):
+    def forward_backward(wave, target):
         loss = loss_of(net, wave, target)
         loss.backward()
         return loss.detach()
 
-    learn = training.Graphed(learn, net.parameters()) if graphed else learn
+    if graphed:
+        forward_backward = devices.CudaGraph(forward_backward, net.parameters())
     losses = []
     for step in range(steps):
         torch.manual_seed(step)                     # of dropout
-        losses.append(learn(*batch(step, kind, "cuda")).clone())
+        losses.append(forward_backward(*batch(step, kind, "cuda")).clone())
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return net, torch.stack(losses)
 
 
 @pytest.mark.parametrize("make, kind", [(separator, "separator"), (classifier, "classifier")])
-def test_a_graph_learns_what_single_kernels_learn(make, kind):
-    (net, losses), (other, wanted) = (trained(make, kind, graphed) for graphed in (True, False))
-    print(kind, "losses", distance(losses, wanted))
-    assert distance(losses, wanted) < 1e-4
-    for (name, found), expected in zip(net.state_dict().items(), other.state_dict().values(),
-                                       strict=True):
-        if found.dtype == torch.int64:
-            assert found == expected == 7           # the batches that BatchNorm has seen
+def test_a_graph_trains_as_single_kernels_do(make, kind):
+    (net, losses), (plain, expected) = (trained(make, kind, graphed) for graphed in (True, False))
+    print(kind, "losses", distance(losses, expected))
+    assert distance(losses, expected) < 1e-4
+    for name, value in net.state_dict().items():
+        if value.dtype == torch.int64:
+            assert value == plain.state_dict()[name] == 7       # num_batches_tracked
         elif "running" in name or name.endswith("out.weight"):
-            assert distance(found, expected) < 1e-2, name
+            assert distance(value, plain.state_dict()[name]) < 1e-2, name
 
 
 def test_a_step_does_not_wait_for_the_gpu(demo):
@@ -132,20 +133,20 @@ def test_a_step_does_not_wait_for_the_gpu(demo):
     mixes = data.Mixes(songs, "train", ["vocals", "bass"], 1)
     net = separator(torch.bfloat16).cuda().train()
     optimizer = torch.optim.Adam(net.parameters(), 1e-3, eps=1e-7, fused=True)
-    source = prefetch(lambda k: mixes.batch(4 * k, 4), itertools.count(), 2, pin=True)
-    meter = training.Meter()
+    source = data.prefetch(lambda k: mixes.batch(4 * k, 4), itertools.count(), 2, pin=True)
+    meter = Meter()
 
-    def learn(mixture, target):
-        loss = pretrain_sep.l1_loss(net(mixture), target)
+    def forward_backward(mixture, target):
+        loss = model.l1_loss(net(mixture), target)
         loss.backward()
         return loss.detach()
 
-    learn = training.Graphed(learn, net.parameters())
+    forward_backward = devices.CudaGraph(forward_backward, net.parameters())
     for step in range(12):
-        # what compiles and records may wait
+        # compiling and capturing may wait
         torch.cuda.set_sync_debug_mode("error" if step > 5 else "default")
         try:
-            meter.add(learn(*meter.next_batch(source, "cuda")))
+            meter.add(forward_backward(*meter.next_batch(source, "cuda")))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         finally:
@@ -156,10 +157,19 @@ def test_a_step_does_not_wait_for_the_gpu(demo):
 # -----------------------------------------------------------------------------
 # the scripts
 
-GPU = ["--device=cuda", "--data_on_gpu=True"]
+GPU = ["--device=cuda"]
 
 
-def test_pre_training_on_a_gpu_and_on_a_cpu_go_on_from_each_other(demo, tmp_path):
+def nothing(*_):
+    """In place of device.keep_on_gpu()."""
+
+
+def without_graph(step, parameters):
+    """In place of device.CudaGraph."""
+    return step
+
+
+def test_gpu_and_cpu_resume_each_others_runs(demo, tmp_path):
     own = [f"--data={demo}/demo_songs", *SEP, "--val_every=4", f"--out={tmp_path}/a.pt"]
     run("pretrain_sep.py", *own, "--steps=4")
     run("pretrain_sep.py", *own, *GPU, "--steps=12", "--resume=True")
@@ -169,45 +179,37 @@ def test_pre_training_on_a_gpu_and_on_a_cpu_go_on_from_each_other(demo, tmp_path
     assert validated == [0, 4, 8, 12, 16, 20]
 
 
-def test_a_run_in_float16_of_an_older_version_goes_on(demo, tmp_path):
-    own = [f"--data={demo}/demo_songs", *SEP, *GPU, "--dtype=float16", f"--out={tmp_path}/a.pt"]
-    run("pretrain_sep.py", *own, "--steps=4")
-    saved = torch.load(tmp_path / "a.resume", weights_only=True)
-    for group in saved["optimizer"]["param_groups"]:
-        group["fused"] = None                       # before Adam was fused
-    torch.save(saved, tmp_path / "a.resume")
-    run("pretrain_sep.py", *own, "--steps=8", "--resume=True")
-
-
-def test_what_changes_how_a_gpu_is_used_changes_little(demo, tmp_path):
+def test_ways_to_use_a_gpu_change_little(demo, tmp_path):
     own = [f"--data={demo}/demo_songs", *SEP, *GPU, "--steps=8", "--batch_size=4"]
-    ways = [[], ["--dtype=float16", "--grad_clip=1"], ["--compile=True"], ["--accumulate=2"],
-            ["--cuda_graph=False"], ["--data_on_gpu=False"]]
+    ways = [([], {}), (["--dtype=float16", "--grad_clip=1"], {}), (["--compile=True"], {}),
+            (["--accumulate=2"], {}), ([], {"common.device.CudaGraph": without_graph}),
+            ([], {"common.device.keep_on_gpu": nothing})]
     losses = []
-    for number, more in enumerate(ways):
-        run("pretrain_sep.py", *own, *more, f"--out={tmp_path}/{number}.pt")
+    for number, (more, constants) in enumerate(ways):
+        run("pretrain_sep.py", *own, *more, f"--out={tmp_path}/{number}.pt", constants=constants)
         losses.append([e["loss"] for e in log_of(tmp_path / f"{number}.pt") if "loss" in e])
         print(more, losses[-1])
-    for found in losses[1:]:
-        assert found == pytest.approx(losses[0], rel=0.02)
+    for values in losses[1:]:
+        assert values == pytest.approx(losses[0], rel=0.02)
 
 
-def test_fine_tuning_changes_its_optimiser_on_a_gpu(demo, tmp_path):
+def test_fine_tuning_changes_its_optimizer_on_a_gpu(demo, tmp_path):
+    recipe = {"finetune_cls.HALVINGS": 0, "finetune_cls.SGD_RATES": {"ast": [1.0]}}
+    ways = {"a": (8, {}), "b": (8, {"common.device.CudaGraph": without_graph}), "adam": (5, {})}
     weights = []
-    ways = {"a": ["--epochs=8"], "b": ["--epochs=8", "--cuda_graph=False"], "adam": ["--epochs=5"]}
-    for name, more in ways.items():
-        run("finetune_cls.py", f"--data={demo}/demo_clips", *CLS, *GPU, "--recipe=ast", *more,
-            "--halvings=0", "--sgd_rates=1", f"--out={tmp_path}/{name}.pt")
+    for name, (epochs, constants) in ways.items():
+        run("finetune_cls.py", f"--data={demo}/demo_clips", *CLS, *GPU, "--recipe=ast",
+            f"--epochs={epochs}", f"--out={tmp_path}/{name}.pt", constants=recipe | constants)
         saved = torch.load(tmp_path / f"{name}.resume", weights_only=True)
         weights.append(saved["model"]["tail.out.weight"])
-    assert distance(weights[2], weights[1]) > 0.1   # what SGD has done
+    assert distance(weights[2], weights[1]) > 0.1   # the change by SGD
     assert distance(weights[0], weights[1]) < 0.02
 
 
 @pytest.mark.parametrize("more", [
     ["--variant=v3"], ["--variant=tail", "--recipe=modern", "--dtype=float16"], ["--freeze=unet"],
-    ["--variant=ast", "--transformer=16,4,2", "--frames=128", "--skips=1", "--tail_widths="]])
-def test_all_kinds_of_classifiers_are_fine_tuned_and_tested(demo, tmp_path, more):
+    ["--variant=ast", "--transformer=16,4,2", "--skips=1", "--tail_widths="]])
+def test_classifiers_are_fine_tuned_and_evaluated(demo, tmp_path, more):
     run("finetune_cls.py", f"--data={demo}/demo_clips", *CLS, *GPU, *more,
         f"--out={tmp_path}/a.pt")
     scores = []
@@ -218,9 +220,9 @@ def test_all_kinds_of_classifiers_are_fine_tuned_and_tested(demo, tmp_path, more
     assert distance(*scores) < 1e-3
 
 
-def test_a_network_that_a_graph_has_trained_takes_songs_of_any_length():
+def test_a_network_trained_in_a_graph_takes_songs_of_any_length():
     net, _ = trained(separator, "separator", True)
     net.eval()
     wave = torch.randn(3 * model.CROP) * 0.1
-    alone = copy.deepcopy(net).cpu()
-    assert distance(model.separate(net, wave), model.separate(alone, wave)) < 1e-4
+    on_cpu = copy.deepcopy(net).cpu()
+    assert distance(model.separate(net, wave), model.separate(on_cpu, wave)) < 1e-4
