@@ -1,26 +1,35 @@
-# make demo   the whole pipeline on synthetic music, 6 to 30 minutes on two cores; results/table_demo
+# make demo   the whole pipeline on synthetic music: 6 to 30 minutes on two cores; results/table_demo
 # make test   ruff and all tests, about eight minutes
-# Both build a virtual environment in $(VENV) first. A demo that was stopped goes on.
+# Both create a virtual environment in $(VENV) first. An interrupted demo resumes.
 
 PYTHON ?= python3
 VENV ?= .venv
-PIP_ARGS ?=                 # such as --extra-index-url https://download.pytorch.org/whl/cpu
+PIP_ARGS ?=                 # e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 PY = $(VENV)/bin/python
 
 .PHONY: demo test
 
-# the marker is written last: an installation that broke off is made again
-$(VENV)/.complete: requirements.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: Python 3.10 or newer is needed: make PYTHON=python3.12 ...')"
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -r requirements.txt $(PIP_ARGS)
+# The markers are touched last, so an interrupted installation is repeated.
+define install
+$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'error: Python 3.10 or newer is required: make PYTHON=python3.12 ...')"
+$(PYTHON) -m venv $(VENV)
+$(PY) -m pip install -q -r $(1) $(PIP_ARGS)
+endef
+
+$(VENV)/.installed: requirements.txt
+	$(call install,requirements.txt)
 	touch $@
 
-test: $(VENV)/.complete
+# requirements-dev.txt includes requirements.txt: a demo after the tests installs nothing
+$(VENV)/.installed-dev: requirements-dev.txt requirements.txt
+	$(call install,requirements-dev.txt)
+	touch $(VENV)/.installed $@
+
+test: $(VENV)/.installed-dev
 	$(PY) -m ruff check .
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
-demo: $(VENV)/.complete
+demo: $(VENV)/.installed
 	$(PY) prepare_data.py demo
 	$(PY) table.py config/table_demo.py
-	$(PY) report.py results/table_demo/runs/separator.json
+	$(PY) -m reports.figures results/table_demo/runs/separator.json
