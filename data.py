@@ -22,6 +22,7 @@ and resuming do not change the data.
 import hashlib
 import json
 import os
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
@@ -39,21 +40,17 @@ SEGMENT_HOP = 3 * SAMPLE_RATE       # ... every 3 s
 CROPS_PER_SOURCE = {"vocals": 2, "other": 2, "drums": 2, "bass": 1}     # in a mix of all sources
 
 
-# -----------------------------------------------------------------------------
-# a prepared folder
-
 def read_index(path, kind):
     """The index of a prepared folder, checked. ValueError with what to do if it does not fit."""
     file = os.path.join(path, "index.json")
-    if not os.path.isfile(file):
-        raise ValueError(f"no prepared data in {path} (no index.json): run prepare_data.py, or "
-                         "choose another folder with --data=")
-    with open(file, encoding="utf-8") as f:
-        try:
-            index = dict(json.load(f))
-            problem = problem_of(index, kind)
-        except (ValueError, TypeError, AttributeError) as e:
-            problem = f"is damaged ({e}): run prepare_data.py again"
+    try:
+        with open(file, encoding="utf-8") as f:
+            index = json.load(f)
+        problem = problem_of(index, kind)
+    except FileNotFoundError:
+        problem = "is missing: run prepare_data.py, or choose another folder with --data="
+    except (ValueError, TypeError, AttributeError, KeyError) as e:
+        problem = f"is damaged ({type(e).__name__}: {e}): run prepare_data.py again"
     if problem:
         raise ValueError(f"{file} {problem}")
     return index
@@ -61,29 +58,23 @@ def read_index(path, kind):
 
 def problem_of(index, kind):
     """What is wrong with an index, or None."""
-    if (index.get("kind"), index.get("format")) != (kind, FORMAT):
-        return (f"has kind {index.get('kind')!r} in format {index.get('format')}, not {kind!r} in "
-                f"format {FORMAT}: separation needs stems, classification needs clips")
-    types = {"sample_rate": int, "n_samples": int, "items": list}
-    if kind == "clips":
-        types |= {"classes": dict, "multilabel": list}
-    wrong = [f"{key} ({t.__name__})" for key, t in types.items() if type(index.get(key)) is not t]
-    if wrong:
-        return f"needs {', '.join(wrong)}: see the format in data.py"
-    if index["sample_rate"] != SAMPLE_RATE:
-        return (f"is for audio at {index['sample_rate']} Hz, all models take {SAMPLE_RATE} Hz: "
-                "prepare it again with prepare_data.py")
+    for key, needed in (("format", FORMAT), ("kind", kind), ("sample_rate", SAMPLE_RATE)):
+        if index.get(key) != needed:
+            return (f"has {key} {index.get(key)!r}, not {needed!r}: separation needs stems, "
+                    f"classification clips, and all models take {SAMPLE_RATE} Hz")
+    tracks, end = len(TRACKS) if kind == "stems" else 1, index["n_samples"]
     for item in index["items"]:
-        whole = type(item.get("offset")) is type(item.get("length")) is int
-        if not whole or "name" not in item or item.get("split") not in SPLITS:
-            return (f"needs name, integers offset and length, and split ({', '.join(SPLITS)}) for "
-                    f"every item, got {item}")
+        start, n = item.get("offset"), item.get("length")
+        fits = type(start) is type(n) is int and 0 <= start < start + tracks * n <= end
+        if not fits or "name" not in item or item.get("split") not in SPLITS:
+            return (f"needs name, split ({', '.join(SPLITS)}) and integers offset and length "
+                    f"within its {end} samples for every item, got {item}")
     return None
 
 
 def apply_fold(items, fold, path):
     """Assigns splits for cross-validation: `fold` is test, the next one (cyclic) valid."""
-    # by their repr: a list is no fold, and neither is the string "0"
+    # compared by repr: neither a list nor the string "0" is a fold
     folds = {repr(item.get("fold")) for item in items}
     if folds != set(map(repr, range(len(folds)))) or len(folds) < 3 or repr(fold) not in folds:
         raise ValueError(f"fold={fold} needs clips with folds 0, 1, 2 and so on, {path} has "
@@ -97,9 +88,8 @@ def apply_fold(items, fold, path):
 class Prepared:
     """A prepared folder of one kind, "stems" or "clips".
 
-    items(split) are its index entries, read(item) their samples as float32 in [-1, 1). `fold` >= 0
-    replaces the splits, see apply_fold(). ValueError with what to do if the folder is missing, of
-    another kind or sample rate, or does not match its index.
+    `fold` >= 0 replaces the splits, see apply_fold(). ValueError with what to do if the folder is
+    missing, has another kind or sample rate, or does not match its index.
     """
 
     def __init__(self, path, kind, fold=-1):
@@ -108,27 +98,24 @@ class Prepared:
         if fold >= 0:
             apply_fold(self.index["items"], fold, path)
 
-        # the audio may be longer than the index says, as preparing only appends
+        # the audio may be longer than the index declares, as prepare_data.py only appends
         file = os.path.join(path, "audio.int16")
         size = os.path.getsize(file) if os.path.exists(file) else 0
-        total, tracks = self.index["n_samples"], len(TRACKS) if kind == "stems" else 1
-        fits = (item["offset"] >= 0 < item["length"]
-                and item["offset"] + tracks * item["length"] <= total
-                for item in self.index["items"])
-        if size < 2 * total or not all(fits):
+        if size < 2 * self.index["n_samples"]:
             raise ValueError(f"{file} ({size} bytes) does not match its index: prepare it again "
                              "with --overwrite=True")
-        # copy-on-write: torch warns about read-only arrays
-        self.audio = torch.from_numpy(np.memmap(file, "<i2", "c"))              # (n,)
+        with warnings.catch_warnings():     # nothing writes to it; a writable map would use up RAM
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+            self.audio = torch.from_numpy(np.memmap(file, "<i2", "r"))          # (n,)
 
     def keep_on(self, device):
-        """Moves the audio to a device such as a GPU, where crops are cut faster."""
+        """Moves the audio to a device, such as a GPU, where cutting crops is faster."""
         self.audio = self.audio.to(device)
 
     def cut(self, starts, length, valid=None):
-        """K crops from these samples on: (K, length) float32 in [-1, 1), on the audio's device.
+        """K crops that start at these samples: (K, length) float32 in [-1, 1), on the same device.
 
-        Crop k has valid[k] samples (default: length), and silence after them.
+        Crop k has valid[k] samples (default: length), then silence.
         """
         crops = [self.audio[start:start + n]
                  for start, n in zip(starts, valid or [length] * len(starts), strict=True)]
@@ -137,10 +124,7 @@ class Prepared:
         return torch.stack(crops).float().div_(32768.0)                         # (K, length)
 
     def trained_on(self):
-        """A hash of the training data: names, lengths, splits and labels of train and valid.
-
-        If it differs, a network may have been trained on what is in the test split now.
-        """
+        """A hash that differs if a network may have been trained on what is now the test split."""
         return self.hash_of("train", "valid")
 
     def hash_of(self, *splits):
@@ -163,16 +147,12 @@ class Prepared:
         return self.cut([start], item["length"])[0].cpu().numpy()
 
 
-# -----------------------------------------------------------------------------
-# songs for source separation
-
 class Mixes:
     """Random mixes of crops of stems from different segments, as the paper pre-trains.
 
     One source: 2 crops of it, and 2 crops of accompaniments (the sum of the other stems).
     Several sources: CROPS_PER_SOURCE of each. A crop is CROP samples of a segment of 6 s, at the
-    same offset for all crops of a mix, with its original gain. ValueError for unknown sources or
-    too few songs.
+    same offset in all segments of a mix, with its original gain. ValueError if too few songs.
     """
 
     def __init__(self, data, split, sources, seed):
@@ -209,19 +189,16 @@ class Mixes:
 
     def batch(self, first, size):
         """Mixes first .. first + size - 1 as tensors: mixture (B, N) and sources (B, S, N)."""
-        # one track at a time of all mixes: larger temporaries would not be reused by malloc
-        starts = zip(*(self.starts(first + i) for i in range(size)), strict=True)   # R x B
+        starts_of_tracks = zip(*map(self.starts, range(first, first + size)), strict=True)
+        # cuts one track of all mixes at a time: malloc would not reuse larger temporaries
         mixture, stems = 0, dict.fromkeys(self.sources, 0)
         for source, tracks in self.parts:
-            crop = sum(self.data.cut(next(starts), CROP) for _ in tracks)       # (B, N)
+            crop = sum(self.data.cut(next(starts_of_tracks), CROP) for _ in tracks)     # (B, N)
             mixture = mixture + crop
             if source:
                 stems[source] = stems[source] + crop
         return mixture, torch.stack(list(stems.values()), 1)                    # (B, S, N)
 
-
-# -----------------------------------------------------------------------------
-# labelled clips for classification
 
 class Clips:
     """Labelled clips of one split: random crops for training, whole clips for evaluation.
@@ -230,7 +207,7 @@ class Clips:
     (clips, classes), 0 or 1. fraction < 1 keeps a stratified_subset() of the clips. ValueError if
     the folder lacks the task or its labels are invalid.
 
-    `crop` is the number of samples of a crop; it may be changed, as transformers take longer ones.
+    `crop` is the length of a crop in samples: CROP, until set to that of a transformer.
     """
 
     def __init__(self, data, split, task, seed=0, fraction=1.0):
@@ -243,19 +220,16 @@ class Clips:
                              f"{', '.join(tasks)} with --task=")
         self.targets = torch.zeros(len(self.items), len(self.classes))          # (clips, classes)
         for row, item in zip(self.targets, self.items, strict=True):
-            row[self.labels(item, task)] = 1.0
+            labels, known = item[task], range(len(self.classes))
+            valid = isinstance(labels, list) and all(type(c) is int and c in known for c in labels)
+            if not valid or (not self.multilabel and len(set(labels)) != 1):
+                count = "a list of numbers" if self.multilabel else "a list of exactly one number"
+                raise ValueError(f"{data.path}: {task} of {item['name']} must be {count} from 0 to "
+                                 f"{len(known) - 1}, got {labels}")
+            row[labels] = 1.0
         if fraction < 1:
             kept = stratified_subset(self.targets.numpy(), fraction)
             self.items, self.targets = [self.items[n] for n in kept], self.targets[kept]
-
-    def labels(self, item, task):
-        labels, numbers = item[task], range(len(self.classes))
-        valid = isinstance(labels, list) and all(type(c) is int and c in numbers for c in labels)
-        if not valid or not self.multilabel and len(set(labels)) != 1:
-            what = "a list of numbers" if self.multilabel else "a list of exactly one number"
-            raise ValueError(f"{self.data.path}: {task} of {item['name']} must be {what} from 0 to "
-                             f"{len(self.classes) - 1}, got {labels}")
-        return labels
 
     def __len__(self):
         return len(self.items)
@@ -266,10 +240,7 @@ class Clips:
         return self.data.cut([item["offset"]], item["length"])
 
     def crops(self, number, most):
-        """The first crops of a clip, without overlap: (K, crop), K <= most.
-
-        A clip that is shorter than one crop is padded with silence.
-        """
+        """The first crops, without overlap, padded with silence if short: (K, crop), K <= most."""
         item = self.items[number]
         count = min(most, max(1, item["length"] // self.crop))
         valid = min(item["length"], count * self.crop)
@@ -277,14 +248,11 @@ class Clips:
         return wave.view(count, self.crop)                                      # (K, crop)
 
     def order(self, epoch):
-        """The numbers of the clips in the order of an epoch."""
+        """The clip numbers in the order of an epoch: a permutation."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.items))
 
     def batch(self, epoch, numbers):
-        """One random crop of each clip of `numbers`: waves (B, crop), targets (B, classes).
-
-        Clips that are shorter than a crop are padded with silence.
-        """
+        """A random crop per clip, padded with silence if short, and targets (B, classes)."""
         starts, valid = [], []
         for number in numbers:
             item = self.items[number]
@@ -292,14 +260,14 @@ class Clips:
             last = max(0, item["length"] - self.crop)
             starts.append(item["offset"] + int(rng.integers(last + 1)))
             valid.append(min(self.crop, item["length"]))
-        return self.data.cut(starts, self.crop, valid), self.targets[numbers]
+        return self.data.cut(starts, self.crop, valid), self.targets[numbers]   # (B, crop)
 
 
 def stratified_subset(targets, fraction):
-    """The numbers of a share of the clips that keeps the share of every class.
+    """The sorted numbers of a random subset with `fraction` of the clips of every class.
 
-    targets: (clips, classes), 0 or 1. At least one clip of each class is kept, so a small share of
-    few clips is larger than `fraction`. The subset does not depend on the seed of a run. Iterative
+    targets: (clips, classes), 0 or 1. At least one clip of each class is kept, so a subset of few
+    clips may be larger than `fraction`. It does not depend on the seed of a run. Iterative
     stratification (Sechidis et al. 2011): the rarest class comes first.
     """
     order = np.random.default_rng(0).permutation(len(targets))
@@ -315,30 +283,28 @@ def stratified_subset(targets, fraction):
     return np.flatnonzero(chosen)
 
 
-# -----------------------------------------------------------------------------
-
-def prefetch(make, numbers, workers, pin=False, ahead=2):
+def prefetch(make, numbers, workers, pin=False):
     """Yields make(n) for n in numbers, in order, computed by `workers` threads.
 
-    At most `ahead` results per thread are computed in advance; with 0 workers none. pin: CPU
-    tensors in pinned memory, from which copying to a GPU is faster.
+    At most 2 results per thread are computed in advance; with 0 workers none. pin: moves CPU
+    tensors to pinned memory, from which copying to a GPU is faster.
     """
     def job(n):
-        made = make(n)
-        return tuple(t if t.is_cuda else t.pin_memory() for t in made) if pin else made
+        tensors = make(n)
+        return tuple(t if t.is_cuda else t.pin_memory() for t in tensors) if pin else tensors
 
     if workers == 0:
         yield from map(job, numbers)
         return
     numbers = iter(numbers)
-    # torch ops in loader threads oversubscribe the cores, so these use one each; the setting is
-    # per thread, and the training thread keeps its own
+    # torch ops in loader threads would oversubscribe the cores, so these use one core each; the
+    # setting is per thread, and the training thread keeps its own
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        waiting = [pool.submit(job, n) for n in islice(numbers, ahead * workers)]
+        waiting = [pool.submit(job, n) for n in islice(numbers, 2 * workers)]
         while waiting:
             ready = waiting.pop(0).result()
             waiting.extend(pool.submit(job, n) for n in islice(numbers, 1))
             yield ready
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # a hanging read must not block
+        pool.shutdown(wait=False, cancel_futures=True)  # a hanging read must not block the exit

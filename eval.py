@@ -9,6 +9,7 @@ Stage 3: evaluates checkpoints on the test split.
 Writes results/NAME.json, .npz, .png; then `python -m reports.page results/NAME.json` makes a page.
 """
 import glob
+import itertools
 import json
 import math
 import os
@@ -46,9 +47,6 @@ dtype = "float32"       # float32, bfloat16, float16: of the convolutions only
 EXCERPT = 8 * model.SAMPLE_RATE     # length of the excerpt in a separator's figure
 
 
-# -----------------------------------------------------------------------------
-# separation
-
 def oracle(mixture, references, block=10 * model.SAMPLE_RATE):
     """Ideal ratio masks |S| / sum |S| with the mixture's phase: K waves (N,) -> (K, N).
 
@@ -64,8 +62,9 @@ def oracle(mixture, references, block=10 * model.SAMPLE_RATE):
         padding = before, length - before - len(parts[0])
         parts = np.stack([np.pad(part, padding) for part in parts])             # (1 + K, length)
         spec = model.stft(torch.from_numpy(parts))                              # (1 + K, T, 257)
-        size = spec[1:, :, :model.BINS].abs()                                   # (K, T, 256)
-        masks = torch.nn.functional.pad(size / (size.sum(0) + 1e-8), (0, 1), value=1.0)
+        magnitude = spec[1:, :, :model.BINS].abs()                              # (K, T, 256)
+        masks = magnitude / (magnitude.sum(0) + 1e-8)
+        masks = torch.nn.functional.pad(masks, (0, 1), value=1.0)               # (K, T, 257)
         result[:, at:at + n] = model.istft(masks * spec[0])[:, edge:edge + n].numpy()
     return result
 
@@ -97,7 +96,8 @@ def measure_song(net, songs, item):
 
 def evaluate_separator(net, meta, path, songs):
     """(result, arrays of the figure) of a separator."""
-    n, net.sources = len(net.sources), list(sources or net.sources)
+    n = len(net.sources)
+    net.sources = list(sources or net.sources)
     if n != len(net.sources) or not set(net.sources) <= set(TRACKS):
         die(f"{path} has masks of {n} sources, not of {', '.join(net.sources)}: name the source of "
             "each mask, such as --sources=vocals")
@@ -111,7 +111,7 @@ def evaluate_separator(net, meta, path, songs):
 
     # medians over frames (in song_metrics), then over songs, as museval reports them
     keys, medians = ("SDR", "SIR", "SAR", "SI-SDR", "new SDR"), {s: {} for s in net.sources}
-    for s, kind in [(s, kind) for s in net.sources for kind in ("model", "mixture", "oracle")]:
+    for s, kind in itertools.product(net.sources, ("model", "mixture", "oracle")):
         known = [row[kind][s] for row in rows if s in row[kind]]
         values = {key: [one[key] for one in known if key in one] for key in keys}
         medians[s][kind] = {k: float(np.median(v)) if v else None for k, v in values.items()}
@@ -122,9 +122,6 @@ def evaluate_separator(net, meta, path, songs):
     print_table(["median over songs, dB", *keys, "songs"], table, 2)
     return {"sources": net.sources, "median": medians, "songs": rows}, excerpt
 
-
-# -----------------------------------------------------------------------------
-# classification
 
 @torch.no_grad()
 def clip_scores(net, clips):
@@ -139,12 +136,13 @@ def clip_scores(net, clips):
 
 def per_class(targets, scores, classes, multilabel):
     """One row per class: number of clips, AUCs, recall if single-label; None if undefined."""
-    rows, answers = [], np.eye(len(classes))[scores.argmax(1)]                  # (clips, classes)
-    for name, truth, score, answer in zip(classes, targets.T, scores.T, answers.T, strict=True):
+    rows, predictions = [], np.eye(len(classes))[scores.argmax(1)]              # (clips, classes)
+    columns = zip(classes, targets.T, scores.T, predictions.T, strict=True)
+    for name, truth, score, predicted in columns:
         roc, pr = metrics.areas(truth, score, np.ones((1, len(truth)), int))
         values = {"ROC-AUC": roc[0], "PR-AUC": pr[0]}
         if not multilabel:
-            values["recall"] = answer[truth == 1].mean() if truth.any() else np.nan
+            values["recall"] = predicted[truth == 1].mean() if truth.any() else np.nan
         values = {key: None if np.isnan(value) else float(value) for key, value in values.items()}
         rows.append({"class": name, "clips": int(truth.sum()), **values})
     return rows
@@ -153,31 +151,32 @@ def per_class(targets, scores, classes, multilabel):
 def evaluate_classifier(net, meta, path, prepared):
     """(result, {clips, targets, scores}) of a classifier.
 
-    result["chance"]: metrics of random scores (tags), or of always the most frequent class (genre).
+    result["chance"]: metrics of random scores (tags), or of the most frequent class (genre).
     """
-    trained_for = meta.get("task") or ("tags" if net.multilabel else "genre")
-    clips = Clips(prepared, split, task or trained_for)
+    default = "tags" if net.multilabel else "genre"
+    clips = Clips(prepared, split, task or meta.get("task") or default)
     n, known = net.args["n_classes"], meta["classes"] or clips.classes
-    if (n, known, net.multilabel) != (len(clips.classes), clips.classes, clips.multilabel):
+    targets = clips.targets.numpy().astype(int)                                 # (clips, classes)
+    counts = targets.sum(0)                                                     # (classes,)
+    defined = (counts > 0) & (counts < len(clips))      # AUC needs clips with and without the class
+    fits = (n, known, net.multilabel) == (len(clips.classes), clips.classes, clips.multilabel)
+    if not fits or net.multilabel and not defined.any():
         die(f"{path} has {n} classes ({', '.join(known[:3])}, ...), {prepared.path} has "
-            f"{len(clips.classes)} ({', '.join(clips.classes[:3])}, ...): evaluate it on the data "
-            "it was trained for")
-    targets, scores = clips.targets.numpy().astype(int), clip_scores(net, clips)
+            f"{len(clips.classes)} ({', '.join(clips.classes[:3])}, ...), {defined.sum()} of them "
+            "with positive and negative clips: evaluate it on the data it was trained for")
+    scores = clip_scores(net, clips)
     measure = metrics.tag_metrics if net.multilabel else metrics.genre_metrics
     values = {key: value[0].item() for key, value in measure(targets, scores).items()}
-    if values.get("tags used") == 0:
-        die(f"{path}: no tag has both positive and negative clips, so AUC is undefined")
     result = {"classes": clips.classes, "clips": len(clips), "metrics": values,
               "interval": metrics.interval(measure, targets, scores, bootstrap, seed),
               "per_class": per_class(targets, scores, clips.classes, net.multilabel)}
     if net.multilabel:
-        positives = [r["clips"] for r in result["per_class"] if r["ROC-AUC"] is not None]
-        result["chance"] = {"ROC-AUC": 0.5, "PR-AUC": float(np.mean(positives) / len(clips))}
+        result["chance"] = {"ROC-AUC": 0.5, "PR-AUC": float(counts[defined].mean() / len(clips))}
     else:
         result["chance"] = {"accuracy": float(targets.mean(0).max()),
-                            "balanced accuracy": 1 / int(targets.any(0).sum())}
-        answers = np.eye(len(clips.classes), dtype=int)[scores.argmax(1)]       # (clips, classes)
-        result["confusion"] = (targets.T @ answers).tolist()    # rows are the true classes
+                            "balanced accuracy": 1 / int((counts > 0).sum())}
+        predictions = np.eye(len(clips.classes), dtype=int)[scores.argmax(1)]   # (clips, classes)
+        result["confusion"] = (targets.T @ predictions).tolist()    # rows are the true classes
     print(f"{path}: {net.args['variant']} classifier of {len(clips.classes)} classes on "
           f"{prepared.path}, {split}: {len(clips)} clips")
     print_table(result["per_class"][0], [row.values() for row in result["per_class"]], 3)
@@ -208,9 +207,9 @@ def print_means(results):
 
 
 def check_results(targets):
-    """Ends the script before the evaluation if its results could not be written."""
+    """Exits before the evaluation if the results could not be written."""
     path = pathlib.Path(out).absolute()
-    folder = next(place for place in (path, *path.parents) if place.exists())
+    folder = next(folder for folder in (path, *path.parents) if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         die(f"out={out}: {folder} is not a writable folder")
     for n, target in enumerate(targets):
@@ -245,9 +244,10 @@ def main():
     settings.at_least(0, bootstrap=bootstrap)
     if not patterns:
         die("name one or more checkpoints: python eval.py ckpt/vocals.pt")
-    # an existing path is not a pattern, even with [ in its name
-    targets = {path: os.path.join(out, weights.name_of(path)) for pattern in patterns for path in
-               ([pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) or [pattern])}
+    targets = {}
+    for pattern in patterns:    # an existing path is not a pattern, even with [ in its name
+        paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern)) or [pattern]
+        targets |= {path: os.path.join(out, weights.name_of(path)) for path in paths}
     check_results(list(targets.values()))
     torch_device, *_ = setup_device(device)
     torch.backends.cudnn.allow_tf32 = False         # the same numbers as on a CPU

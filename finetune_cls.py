@@ -2,19 +2,16 @@
 Attaches a tail to a U-Net and trains both to tag music or classify its genre (stage 2).
 
     python finetune_cls.py --init=ckpt/vocals.pt            # MagnaTagATune, from a separator
-    python finetune_cls.py config/fma.py --init=separators/vocals/checkpoint-20
-                                                            # FMA, from a TensorFlow checkpoint
+    python finetune_cls.py config/fma.py --init=separators/vocals/checkpoint-20  # TensorFlow's
     python finetune_cls.py config/mtat.py                   # the same from random weights
-    python finetune_cls.py config/mtat.py --variant=tail --out=ckpt/mtat_tail.pt
-                                                            # the tail without the U-Net
+    python finetune_cls.py config/mtat.py --variant=tail --out=ckpt/mtat_tail.pt  # no U-Net
     python finetune_cls.py config/mtat.py --variant=v3 --init=ckpt/vocals.pt \\
         --tail=ckpt/mtat_tail.pt                            # join two trained halves
     python finetune_cls.py config/mtat.py config/ast.py --init=released:vocals \\
         --vit=ViT-B_16.npz                                  # a transformer instead of the tail
     python finetune_cls.py config/own_tags.py --init=ckpt/vocals.pt     # your own clips
     python finetune_cls.py config/mtat.py --resume=True     # continue after a stop: same bits
-    torchrun --standalone --nproc_per_node=4 finetune_cls.py config/mtat.py
-                                                            # four GPUs share each batch
+    torchrun --standalone --nproc_per_node=4 finetune_cls.py config/mtat.py     # four GPUs
 
 Writes ckpt/<configs>.pt (best validation loss), ckpt/<configs>.resume (last state) and
 ckpt/<configs>.jsonl (log). Ctrl-C and SIGTERM save after the current step, then stop.
@@ -27,9 +24,7 @@ import torch.distributed as dist
 
 import model
 import weights
-from common import device as devices
-from common import run as runs
-from common import settings
+from common import device as devices, run as runs, settings
 from common.settings import die
 from data import Clips, Prepared, prefetch
 from weights.vit import load_vit
@@ -94,6 +89,7 @@ WARMUP = 0.1                    # modern: share of the steps with a rising rate
 # variants that join a trained tail: the variant of that tail, and its first kernel
 ALONE = {"v3": "tail", "ast": "ast_tail"}
 FIRST_KERNEL = {"v3": "blocks.0.convs.0.weight", "ast": "patches.weight"}
+NOT_IN_TAIL = ["blocks.*.adapter.*", "adapters.*", "out.*", "mean", "std"]     # set up anew
 
 
 def check_settings(config, world):
@@ -103,7 +99,6 @@ def check_settings(config, world):
     settings.choose("pool", pool, ["", "max", "avg"])
     settings.choose("dtype", dtype, devices.AMP_DTYPES)
     settings.choose("freeze", freeze, ["", "unet", "tail"])
-    settings.at_least(2, batch_size=batch_size)
     settings.at_least(1, val_crops=val_crops, log_every=log_every, sources=len(sources))
     settings.at_least(-1, fold=fold)
     settings.at_least(0, epochs=epochs, workers=workers, chunk=chunk, unet_lr=unet_lr,
@@ -116,19 +111,15 @@ def check_settings(config, world):
             f"there are {world}")
     if variant in ALONE.values() and (init or tail or freeze):
         die(f"variant={variant} has no U-Net: init, tail and freeze do not apply")
-    if tail and variant not in ALONE:
-        die(f"tail={tail} needs variant=v3 or ast, got {variant}: the tail's shapes must be the "
-            "same with and without a U-Net")
-    if vit and not variant.startswith("ast"):
-        die(f"vit={vit} needs variant=ast or ast_tail, got {variant}")
-    if vit and tail:
-        die("--vit and --tail are mutually exclusive")
+    if tail and variant not in ALONE or vit and not variant.startswith("ast"):
+        die(f"tail={tail} needs variant=v3 or ast, whose tail is the same without a U-Net, and "
+            f"vit={vit} needs variant=ast or ast_tail: got {variant}")
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def validate(net, clips, dev, rank, world):
-    """Mean over clips of the mean loss over their crops; the ranks share the clips."""
+    """Mean over clips of the mean loss over their crops; clips are divided among the ranks."""
     def read(start):
         numbers = range(start, min(start + batch_size, len(clips)))
         return numbers, [clips.crops(n, val_crops) for n in numbers]        # B x (K, N)
@@ -149,58 +140,58 @@ def validate(net, clips, dev, rank, world):
 
 
 def without_head(net, meta, clips):
-    """The state of a trained tail, without the last layer if its classes are other ones.
+    """The state of a trained tail, without the last layer if the classes differ.
 
     TensorFlow checkpoints have no class names: the number of classes decides.
     """
-    state, same = net.tail.state_dict(), meta["classes"] == clips.classes
-    if meta["classes"] is None:
-        same = net.tail.out.out_features == len(clips.classes)
-    return {name: w for name, w in state.items() if same or not name.startswith("out.")}
+    same = meta["classes"] == clips.classes or (
+        meta["classes"] is None and net.tail.out.out_features == len(clips.classes))
+    return {name: w for name, w in net.tail.state_dict().items()
+            if same or not name.startswith("out.")}
 
 
 def build(clips):
     """The classifier, with the weights of `init`, `tail` and `vit`."""
-    unet_args = {"sources": sources, "widths": widths, "pool": pool or "max"}
-    old_mel = mel_of_log
+    unet_args, init_variant = {"sources": sources, "widths": widths, "pool": pool or "max"}, None
+    log_first = mel_of_log
     if init:
         source, meta = weights.load(init)
-        kind = source.args.get("variant")       # of a classifier
-        if kind not in (None, variant):
-            die(f"init={init} is a classifier of variant {kind}, not {variant}: use a separator, "
-                "or a classifier of the same variant")
-        if kind and vit:
-            die(f"--vit and --init={init}, a classifier, are mutually exclusive")
+        init_variant = source.args.get("variant")       # None for a separator
+        if init_variant not in (None, variant):
+            die(f"init={init} is a classifier of variant {init_variant}, not {variant}: use a "
+                "separator, or a classifier of the same variant")
         if meta["step"] == 0:
             print(f"note: {init} was saved before its first training step")
         if meta.get("as_published"):
             print(f"{init}: published weights, trained with {meta['as_published']}")
         unet_args = {key: source.args[key] for key in unet_args}
         unet_args["pool"] = pool or unet_args["pool"]
-        old_mel = old_mel or source.args.get("mel_of_log", False)
+        log_first = log_first or source.args.get("mel_of_log", False)
         print("U-Net as in init: " + ", ".join(f"{k} {v}" for k, v in unet_args.items()))
+    if vit and (tail or init_variant):
+        die("--vit and --tail are mutually exclusive, as are --vit and a classifier as --init")
     if tail:
-        alone, tail_meta = weights.load(tail)
+        tail_net, tail_meta = weights.load(tail)
         if tail_meta["args"].get("variant") != ALONE[variant]:
             die(f"tail={tail} is not a classifier of variant {ALONE[variant]}: train one with "
                 f"--variant={ALONE[variant]}")
-        old_mel = old_mel or alone.args["mel_of_log"]
+        log_first = log_first or tail_net.args["mel_of_log"]
     torch.manual_seed(seed)
     net = model.Classifier(
         len(clips.classes), clips.multilabel, variant, skips, **unet_args,
-        tail_widths=tail_widths or None, dropout=dropout, mel_of_log=old_mel,
+        tail_widths=tail_widths or None, dropout=dropout, mel_of_log=log_first,
         bn_momentum=bn_momentum, transformer=transformer)
     if vit:
         load_vit(net.tail, vit)
     if init:
         weights.load_matching(net.unet, source.unet.state_dict(), init)
-    if init and kind:
-        weights.load_matching(net.tail, without_head(source, meta, clips), init, ["out."])
+    if init_variant:
+        weights.load_matching(net.tail, without_head(source, meta, clips), init, ["out.*"])
     if tail:
-        state, kernel = without_head(alone, tail_meta, clips), FIRST_KERNEL[variant]
+        state, kernel = without_head(tail_net, tail_meta, clips), FIRST_KERNEL[variant]
         state = {name: w for name, w in state.items() if name not in ("mean", "std")}
         state[kernel] = weights.inflate(state[kernel], len(unet_args["sources"]) + 1)
-        weights.load_matching(net.tail, state, tail, ["adapter", "out.", "mean", "std"])
+        weights.load_matching(net.tail, state, tail, NOT_IN_TAIL)
     return net
 
 
@@ -240,14 +231,14 @@ def make_optimizer(net, phase):
 
 
 def lr_at(step, steps, phase):
-    """modern: linear warm-up, then half a cosine to zero. Else one rate per phase."""
+    """modern: linear warm-up, then cosine decay to zero. Other recipes: one rate per phase."""
     if recipe != "modern":
         return phases()[phase][1]
     warmup = max(1, int(WARMUP * steps))
     if step < warmup:
         return learning_rate * (step + 1) / warmup
-    share = (step - warmup) / max(1, steps - warmup)
-    return learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    fraction = (step - warmup) / max(1, steps - warmup)
+    return learning_rate * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
 def clips_per_epoch(n):
@@ -255,7 +246,7 @@ def clips_per_epoch(n):
     if 0 < chunk < n:
         return (n - 1) // chunk * chunk
     if chunk:
-        print(f"{n} training clips are at most one chunk of {chunk}: an epoch uses all")
+        print(f"{n} training clips are at most one chunk of {chunk}: an epoch is all of them")
     return n
 
 
@@ -399,7 +390,7 @@ def main():
                     epoch=epoch, step=done, lr=lr, **means)
 
     epoch = progress["best_step"] // per_epoch
-    note = "" if epoch else ", before any training: nothing was learnt"
+    note = "" if epoch else " (the initial weights)"
     print(f"best validation loss {progress['best']:.5f} after epoch {epoch}{note}; "
           f"{settings.clock(time.time() - began)}: {run.out}")
     print(f"next: python eval.py {run.out}")

@@ -6,12 +6,11 @@ Separates and tags songs: stems as audio files, tags over time as tables.
     python listen.py song.mp3 --tagger=ckpt/mtat.pt,ckpt/fma.pt     # two taggers, no separator
     python listen.py song.mp3 --separator=released:multisource --codec=flac
 
-Reads any format, sample rate, number of channels and length. Writes to listened/SONG/: the sources
-with the song's sample rate and channels; accompaniment.wav, the song minus vocals; remainder.wav,
-the song minus all sources; per tagger a .json and a .csv with one row per crop of 3.86 seconds.
---report=True adds song.html, a page with players and spectrograms. Finished songs are skipped, so
-the same command resumes after a stop. Sources and remainder sum to the song, exactly in wav and
-flac. mp3 and opus are lossy: opus is at 48 kHz, and the mp3 encoder attenuates by 3 to 5 %.
+Reads any format. Writes to listened/SONG/: the sources at the song's rate and channels;
+accompaniment (the song minus vocals) or remainder (minus all sources): the sum is the song, exactly
+in wav and flac; per tagger a .json and a .csv with one row per crop of 3.86 seconds. --report=True
+adds song.html, a page with players. Finished songs are skipped: the same command resumes. mp3 and
+opus are lossy: opus is at 48 kHz, and the mp3 encoder attenuates by 3 to 5 %.
 """
 import contextlib
 import csv
@@ -30,8 +29,7 @@ import model
 import weights
 from audio import files as audio
 from audio.resample import resample
-from common import device as devices
-from common import files, settings
+from common import device as devices, files, settings
 from common.run import Stop, fingerprint
 from common.settings import die
 from model import SAMPLE_RATE
@@ -55,14 +53,11 @@ PIECE = 5 * STEP // SAMPLE_RATE         # 48 s: a whole number of samples at any
 MAX_SAMPLES = 1 << 24                   # per piece, all channels
 
 
-# -----------------------------------------------------------------------------
-# songs in pieces: memory does not grow with their length
-
 def pieces(blocks, length, left, right):
     """Cuts blocks (C, n) into pieces of `length` samples.
 
-    Yields (samples (C, n), at, begin). They start at sample `at` of the song, the piece itself at
-    `begin`: up to `left` samples of context precede it, up to `right` follow.
+    Yields (samples (C, n), at, begin). `samples` starts at sample `at` of the song, the piece in it
+    at `begin`: up to `left` samples of context precede the piece, up to `right` follow.
     """
     blocks, kept, at, begin = iter(blocks), [], 0, 0
     while True:
@@ -83,13 +78,13 @@ def pieces(blocks, length, left, right):
 def piece_sizes(rate, channels, taggers):
     """(length, left context, right context) of the pieces of a song, in samples.
 
-    Masks depend on a window to either side, tags on a crop and the resampling kernel. All three
-    are whole window steps and resampling blocks, so pieces give the same as the whole song.
+    Masks depend on one window to either side, tags on a crop and the resampling kernel. All three
+    are multiples of the window step and of the resampling block: results equal the whole song's.
     """
     second = rate * PIECE
-    crops = [net.crop + SAMPLE_RATE for net, _ in taggers.values()]
+    crops = [net.crop + SAMPLE_RATE for net in taggers.values()]
     left, right = 1, max(1, math.ceil(max(crops, default=0) / STEP))    # window steps
-    if rate % 5:        # a window step is no whole number of samples: use whole pieces
+    if rate % 5:        # 9.6 s are not a whole number of samples: use multiples of 48 s
         left, right = 5, 5 * math.ceil(right / 5)
     length = second * min(4, max(1, MAX_SAMPLES // (second * channels)))
     return length, left * STEP * rate // SAMPLE_RATE, right * STEP * rate // SAMPLE_RATE
@@ -98,8 +93,8 @@ def piece_sizes(rate, channels, taggers):
 def tag_piece(net, wave, at, begin, length):
     """Scores (K, classes) of the crops that start in a piece, as from pieces(). All at 16 kHz."""
     step = hop_samples(net)
-    if begin == 0:
-        wave = F.pad(wave, (0, max(0, net.crop - len(wave))))       # a song shorter than a crop
+    if begin == 0:      # the song may be shorter than a crop
+        wave = F.pad(wave, (0, max(0, net.crop - len(wave))))       # (n,)
     first, end = -(-begin // step), -(-(begin + length) // step)
     end = min(end, (at + len(wave) - net.crop) // step + 1)
     if end <= first:
@@ -114,7 +109,7 @@ def hop_samples(net):
 
 
 def process(song, net, taggers, writers, bar, stop):
-    """Writes the stems of a song; returns ({tagger: scores (K, classes)}, samples, notes)."""
+    """Writes the stems of a song; returns ({tagger: scores (K, classes)}, samples)."""
     scores, clipped, n = {name: [] for name in taggers}, 0, 0
     length, left, right = piece_sizes(song.rate, song.channels, taggers)
     for samples, at, begin in pieces(song, length, left, right):
@@ -126,25 +121,23 @@ def process(song, net, taggers, writers, bar, stop):
         clipped += int((np.abs(piece) > 1).sum())
         n += piece.shape[1]
         if net:
-            stems = model.separate(net, torch.from_numpy(samples), song.rate)
-            stems = audio.to_int16(stems[:, :, inner].numpy())      # (S, C, n)
+            stems = model.separate(net, torch.from_numpy(samples), song.rate)   # (S, C, n)
+            stems = audio.to_int16(stems[:, :, inner].numpy())
             write_stems(net.sources, stems, audio.to_int16(piece), writers)
         if taggers:
-            wave = resample(torch.from_numpy(samples.mean(0)), song.rate, SAMPLE_RATE)
+            mono = torch.from_numpy(samples.mean(0))                            # (n,)
+            wave = resample(mono, song.rate, SAMPLE_RATE)
             position = [x * SAMPLE_RATE // song.rate for x in (at, begin, length)]
-            for name, (classifier, _) in taggers.items():
-                scores[name].append(tag_piece(classifier, wave, *position))
-        seconds = round(piece.shape[1] / song.rate)
-        bar.total = bar.total and max(bar.total, bar.n + seconds)   # a header may be wrong
-        bar.update(seconds)
-    notes = [*song.damage]
+            for name, tagger_net in taggers.items():
+                scores[name].append(tag_piece(tagger_net, wave, *position))
+        bar.update(round(piece.shape[1] / song.rate))
     if clipped:
-        notes.append(f"{clipped:,} of {n * song.channels:,} samples clipped at full scale")
-    return {name: torch.cat(rows).numpy() for name, rows in scores.items()}, n, notes
+        song.damage.append(f"{clipped:,} of {n * song.channels:,} samples clipped at full scale")
+    return {name: torch.cat(rows).numpy() for name, rows in scores.items()}, n
 
 
 def write_stems(sources, stems, mixture, writers):
-    """Writes int16 stems (S, C, n), and what is left of the mixture (C, n)."""
+    """Writes int16 stems (S, C, n), and the mixture (C, n) minus stems."""
     stems, mixture = stems.astype(np.int32), mixture.astype(np.int32)
     subtracted = {"remainder": stems}
     if "vocals" in sources:
@@ -160,7 +153,7 @@ def write_stems(sources, stems, mixture, writers):
 
 
 def limit_residual(stems, mixture):
-    """Reduces int32 stems (S, C, n), in place, where mixture - stems.sum(0) overflows int16."""
+    """Reduces int32 stems (S, C, n) in place where mixture - stems.sum(0) would overflow int16."""
     for stem in stems:
         residual = mixture - stems.sum(0)
         excess = residual - np.clip(residual, -32768, 32767)
@@ -170,21 +163,22 @@ def limit_residual(stems, mixture):
 def stem_names(net):
     """The stems to write. With vocals alone, the remainder is the accompaniment."""
     sources = net.sources if net else []
-    more = {"accompaniment": "vocals" in sources, "remainder": sources not in ([], ["vocals"])}
-    return [*sources, *(name for name, is_written in more.items() if is_written)]
+    names = list(sources)
+    if "vocals" in sources:
+        names.append("accompaniment")
+    if sources not in ([], ["vocals"]):
+        names.append("remainder")
+    return names
 
 
-# -----------------------------------------------------------------------------
-# tables
-
-def write_tags(base, net, classes, scores, seconds):
+def write_tags(base, net, scores, seconds):
     """Scores (K, classes) as BASE.json, highest first, and as BASE.csv. Times are in seconds."""
-    table, rows = [["start", "end", *classes]], []
+    table, rows = [["start", "end", *net.classes]], []
     for k, row in enumerate(scores):
         start = k * hop_samples(net) / SAMPLE_RATE
         end = min(start + net.crop / SAMPLE_RATE, seconds)
         start, end, order = round(start, 3), round(end, 3), np.argsort(-row, kind="stable")
-        tags = [{"tag": classes[i], "score": round(float(row[i]), 4)} for i in order]
+        tags = [{"tag": net.classes[i], "score": round(float(row[i]), 4)} for i in order]
         rows.append(json.dumps({"start": start, "end": end, "tags": tags}))
         table.append([start, end, *(f"{value:.4f}" for value in row)])
     files.write_atomically("[" + ",\n".join(rows) + "]\n", f"{base}.json")
@@ -192,72 +186,61 @@ def write_tags(base, net, classes, scores, seconds):
         csv.writer(f).writerows(table)
 
 
-# -----------------------------------------------------------------------------
-# files
-
 def find_songs(paths):
     """{output folder: file} of files and of the audio files in folders, except our own output."""
     songs = {}
     for path in paths:
-        if not os.path.exists(path):
-            die(f"{path} does not exist")
-        found, root = [path], os.path.dirname(path) or "."
+        audio_files, root = [path], os.path.dirname(path) or "."
         if os.path.isdir(path):
-            found, root = songs_in(path), path
-        bases = [os.path.splitext(os.path.relpath(file, root))[0] for file in found]
+            audio_files, root = songs_in(path), path
+        bases = [os.path.splitext(os.path.relpath(file, root))[0] for file in audio_files]
         counts = Counter(bases)
-        for file, base in zip(found, bases, strict=True):
+        for file, base in zip(audio_files, bases, strict=True):
             if counts[base] > 1:                # song.mp3 and song.wav
                 base = os.path.relpath(file, root)
             folder = os.path.join(out, base)
-            if os.path.realpath(songs.setdefault(folder, file)) != os.path.realpath(file):
-                die(f"{songs[folder]} and {file} have the same output folder {folder}: run them "
+            first = songs.setdefault(folder, file)
+            if os.path.realpath(first) != os.path.realpath(file):
+                die(f"{first} and {file} have the same output folder {folder}: run them "
                     "separately, with different --out")
     return songs
 
 
 def songs_in(folder):
     """The audio files in a folder, except our own output."""
-    output_root = os.path.realpath(out) + os.sep
-    songs, skipped = [], 0
+    songs = []
     for file in filter(is_audio, walk(folder)):
-        marker = os.path.join(os.path.dirname(file), "listen.json")
         if not os.path.exists(file):
             print(f"skipped {file}: broken link")
-        elif os.path.realpath(file).startswith(output_root) or os.path.exists(marker):
-            skipped += 1
-        else:
+        elif not os.path.exists(os.path.join(os.path.dirname(file), "listen.json")):
             songs.append(file)
     if not songs:
-        die(f"{folder} contains no audio files" + f" except output (--out={out})" * bool(skipped))
+        die(f"{folder} contains no audio files, except output of listen.py if any")
     return songs
 
 
 def is_done(file, folder, provenance):
     """Whether a song is finished. Exits if the folder contains anything else."""
-    if overwrite:
-        return False
-    marker = page.read_marker(folder)
+    marker, problem = page.read_marker(folder), ""
     if marker is None:
         if os.path.isdir(folder) and any(entry.is_file() for entry in os.scandir(folder)):
-            die(f"{folder} contains files that this script did not write: --overwrite=True writes "
-                "there anyway, --out=FOLDER elsewhere")
-        return False
-    if marker["finished"] and marker["provenance"] != provenance:
+            problem = "contains files that this script did not write"
+    elif marker["finished"] and marker["provenance"] != provenance:
         changed = [key for key in provenance if marker["provenance"].get(key) != provenance[key]]
-        die(f"{file}: {folder} was made with different {', '.join(changed)}: --overwrite=True "
-            "replaces it, --out=FOLDER keeps it")
-    return marker["finished"]
+        problem = f"was made with different {', '.join(changed)}"
+    if problem:
+        die(f"{file}: {folder} {problem}: --overwrite=True writes there anyway, --out=FOLDER "
+            "elsewhere")
+    return marker is not None and marker["finished"]
 
 
 def write_marker(file, folder, provenance, names):
-    """Deletes the output of an earlier attempt and writes the marker, which is returned."""
+    """Deletes the output of an earlier attempt; writes a marker (listen.json) and returns it."""
     old = page.read_marker(folder)
     for name in old["files"] if old else []:
-        leftovers = glob.glob(glob.escape(os.path.join(folder, name)) + ".*.tmp")
-        for path in (os.path.join(folder, name), *leftovers):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
+        path = glob.escape(os.path.join(folder, name))
+        for leftover in glob.glob(path) + glob.glob(f"{path}.*.tmp"):
+            os.remove(leftover)
     os.makedirs(folder, exist_ok=True)
     marker = {"song": os.path.abspath(file), "provenance": provenance, "finished": False,
               "files": names}
@@ -280,16 +263,15 @@ def listen(file, folder, net, taggers, provenance, stop):
         bar = enter(tqdm(
             total=round(song.declared) or None, desc=os.path.basename(file),
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} s [{elapsed}<{remaining}]"))
-        scores, n, notes = process(song, net, taggers, writers, bar, stop)
+        scores, n = process(song, net, taggers, writers, bar, stop)
 
     marker |= {"seconds": n / song.rate, "rate": song.rate, "channels": song.channels,
-               "notes": notes, "sources": stems, "tags": {}}
-    for note in notes:
+               "notes": song.damage, "sources": stems, "tags": {}}
+    for note in song.damage:
         print(f"note: {file}: {note}")
     for name, rows in scores.items():
-        classifier, classes = taggers[name]
-        write_tags(os.path.join(folder, name), classifier, classes, rows, marker["seconds"])
-        mean = rows.mean(0)
+        write_tags(os.path.join(folder, name), taggers[name], rows, marker["seconds"])
+        classes, mean = taggers[name].classes, rows.mean(0)
         best = np.argsort(-mean, kind="stable")
         marker["tags"][name] = {classes[i]: round(float(mean[i]), 4) for i in best}
         print(f"{name}:\n" + "\n".join(f"  {classes[i]:24}{mean[i]:.3f}" for i in best[:10]))
@@ -300,7 +282,7 @@ def listen(file, folder, net, taggers, provenance, stop):
 
 
 def load(path, kind, on):
-    """(net, meta) of a checkpoint of a kind, accelerated."""
+    """A network of this kind, accelerated; a classifier with the names of its `classes`."""
     net, meta = weights.load(path, on)
     if meta["kind"] != kind:
         die(f"{path} is a {meta['kind']}, not a {kind}")
@@ -309,55 +291,55 @@ def load(path, kind, on):
         print(f"{path}: published weights, trained with {meta['as_published']}")
     if meta.get("source") == "tensorflow":
         print(f"note: {path} names no sources or classes, they are numbered: see released:NAME")
-    return net, meta
+    if kind == "classifier":
+        net.classes = meta["classes"] or [f"class {i}" for i in range(net.args["n_classes"])]
+    return net
 
 
 def check_names(origin, names, reserved):
-    """Names in checkpoints become file names: they must be valid, unique and not reserved."""
+    """Exits unless names from checkpoints are valid as file names, unique and not reserved."""
     for name in names:
         invalid = not name or name.startswith(".") or set(name) & set("/\\:\0")
         if invalid or name in reserved or names.count(name) > 1:
-            die(f"{origin}: {name!r} cannot be used as a file name: it is "
-                f"{'invalid' if invalid else 'taken'}, rename it")
+            die(f"{origin}: {name!r} is invalid as a file name, or taken: rename it")
 
 
 def exit_if_asked(stop):
     if stop.asked:
-        die("stopped; the same command" + " (without --overwrite)" * overwrite + " resumes")
+        without = " (without --overwrite)" if overwrite else ""
+        die(f"stopped; the same command{without} resumes")
 
 
 def main():
     config, paths = settings.configure(globals(), configs=False)
     settings.check_numbers(config)
     settings.choose("codec", codec, list(audio.ENCODERS))
-    if hop:
-        settings.at_least(1 / SAMPLE_RATE, hop=hop)
+    settings.at_least(0, hop=hop)
     if not paths:
         die("name one or more songs or folders: python listen.py song.mp3")
     songs = find_songs(paths)
     separator_path, tagger_paths = separator, [path for path in tagger if path]
     if not separator_path and not tagger_paths:
         separator_path, tagger_paths = "released:vocals", ["released:mtat_vocals"]
-    on, *_ = devices.setup_device(device)
-    net, taggers = None, {}
-    if separator_path:
-        net = load(separator_path, "separator", on)[0]
-        check_names(separator_path, net.sources, ["mixture", "accompaniment", "remainder"])
-    for path in tagger_paths:
-        classifier, meta = load(path, "classifier", on)
-        classes = meta["classes"] or [f"class {i}" for i in range(classifier.args["n_classes"])]
-        name = weights.name_of(path)
-        check_names("--tagger", [*taggers, name], ["listen"])
-        taggers[name] = classifier, classes
-
-    # refuse songs before the first one is processed
     networks = {path: fingerprint(path) for path in [separator_path, *tagger_paths] if path}
     provenance = {folder: {
         "networks": networks, "codec": codec, "hop": hop, "song": os.path.abspath(file),
         "size": os.path.getsize(file), "modified": os.stat(file).st_mtime_ns}
         for folder, file in songs.items()}
+    on, *_ = devices.setup_device(device)
+    net, taggers = None, {}
+    if separator_path:
+        net = load(separator_path, "separator", on)
+        check_names(separator_path, net.sources, ["mixture", "accompaniment", "remainder"])
+    for path in tagger_paths:
+        name = weights.name_of(path)
+        check_names("--tagger", [*taggers, name], ["listen"])
+        taggers[name] = load(path, "classifier", on)
+
+    # check all songs before processing the first one
     files.lock(os.path.join(out, ".lock"), out)
-    done = {folder for folder, file in songs.items() if is_done(file, folder, provenance[folder])}
+    done = {folder for folder, file in songs.items()
+            if not overwrite and is_done(file, folder, provenance[folder])}
 
     stop, failed = Stop(), 0
     for folder, file in songs.items():
@@ -369,7 +351,6 @@ def main():
                 listen(file, folder, net, taggers, provenance[folder], stop)
             has_page = folder in done and os.path.exists(os.path.join(folder, "song.html"))
             if report and not has_page:
-                exit_if_asked(stop)
                 page.song_page(folder)
         except (ValueError, OSError) as e:
             # a bad song is skipped, a full disk ends the run

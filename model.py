@@ -112,6 +112,7 @@ def mel_filters():
 
 
 def log_compress(x):
+    """log10(x + 1e-4), elementwise."""
     return torch.log10(x + EPS)
 
 
@@ -127,6 +128,8 @@ def conv_block(c_in, c_out, momentum):
 
 
 class DecoderBlock(nn.Module):
+    """2x2 transposed convolution with stride 2, then a conv_block()."""
+
     def __init__(self, c_in, c_out, momentum):
         super().__init__()
         self.up = nn.ConvTranspose2d(c_in, c_out, 2, stride=2)
@@ -153,9 +156,8 @@ class UNet(nn.Module):
         c_in = [widths[-1]] + [ups[i - 1] + widths[-1 - i] for i in range(1, len(ups))]
         self.decoder = nn.ModuleList(
             DecoderBlock(a, b, momentum) for a, b in zip(c_in, ups, strict=True))
-        self.head = nn.Sequential(
-            conv_block(first + 1, 2 * first, momentum),
-            nn.Conv2d(2 * first, n_sources, 3, padding=1))
+        self.head = nn.Sequential(conv_block(first + 1, 2 * first, momentum),
+                                  nn.Conv2d(2 * first, n_sources, 3, padding=1))
 
     def forward(self, spec):
         x, skips, outputs = spec, [], []
@@ -172,7 +174,7 @@ class UNet(nn.Module):
 
 
 def glorot_(module):
-    """Keras' initialisation: Glorot-uniform kernels and zero biases; BatchNorm needs nothing."""
+    """Keras' defaults: Glorot-uniform kernels, zero biases; BatchNorm's are PyTorch's too."""
     for m in module.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
             nn.init.xavier_uniform_(m.weight)
@@ -180,7 +182,7 @@ def glorot_(module):
 
 
 def autocast(x, dtype):
-    """Reduced precision for the convolutions when dtype is given."""
+    """Autocast to dtype; float32 if it is None."""
     return torch.autocast(x.device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
@@ -227,7 +229,7 @@ class Separator(nn.Module):
 
 
 def l1_loss(estimate, target):
-    """Mean |error| over (B, S, N), without the ends of the crop, which lack full overlap."""
+    """Mean |error| of crops (B, S, N), without the 352 samples at each end that fade."""
     if estimate.shape != target.shape:      # broadcasting would hide the mistake
         raise ValueError(f"shapes differ: {estimate.shape} and {target.shape}")
     return (estimate - target)[..., EDGE:-EDGE].abs().mean()
@@ -237,9 +239,9 @@ def l1_loss(estimate, target):
 # the tail (Won et al. 2020's short-chunk VGG, two convolutions per resolution)
 
 class TailBlock(nn.Module):
-    """2 x [Conv3x3, BatchNorm, ReLU], max pool; `join` is how a decoder output enters.
+    """2 x [Conv3x3, BatchNorm, ReLU], max pooling.
 
-    join: None (no decoder output), concat (along channels), add (through a 1x1 convolution).
+    join: how a decoder output is merged: None (not at all), concat (channels), add (1x1 conv.).
     """
 
     def __init__(self, c_in, c_out, c_skip, join, size, momentum):
@@ -346,10 +348,10 @@ class Adapter(nn.Module):
 class Transformer(nn.Module):
     """Mel spectrograms (B, S + 1, T, 128) and decoder outputs -> logits (B, classes).
 
-    Patches of 16 x 16 become tokens, after a class token. Decoder outputs, finest first, are
-    added to the tokens before layers 2, 4, 6, 8, 10 (counted from 0), or as many of these as
-    there are. The input is normalised per channel by the mean and twice the standard deviation
-    of the training set, which measure() sets.
+    Patches of 16 x 16 become tokens, after a class token. Decoder outputs 4, 3, 2, 1, 0 are added
+    to the tokens before layers 2, 4, 6, 8, 10 (counted from 0), or as many as there are. The input
+    is normalised per channel by the mean and twice the standard deviation of the training set,
+    which measure() sets.
     """
 
     def __init__(self, c_in, n_classes, frames, width, depth, heads, skip_widths):
@@ -402,7 +404,7 @@ class Classifier(nn.Module):
 
     variant: tail, v1 (skips concatenated), v3 (skips added through 1x1 adapters), v3_concat; or
     ast and ast_tail, with a transformer of (width, layers, heads) and crops of 768 frames.
-    skips: how many decoder outputs join the tail, 0 to 5; the finest come first.
+    skips: how many decoder outputs join the tail, 0 to 5: tail block i takes output 5 - i.
     mel_of_log: the tail takes mel(log10(|X| + 1e-4)) of the mixture, a mistake in the authors'
     v1 code that their weights were trained with; else log10(mel(|X|) + 1e-4).
     Of each source it takes log10(mel(mask * |X|) + 1e-4).
@@ -415,10 +417,9 @@ class Classifier(nn.Module):
         own_widths, join = VARIANTS[variant]
         is_ast = variant.startswith("ast")
         tail_widths = tail_widths or own_widths
-        if (len(widths), len(tail_widths)) != (6, len(own_widths)) or not 0 <= skips <= 5:
-            raise ValueError(f"widths={list(widths)} must be six numbers, tail_widths="
-                             f"{list(tail_widths)} seven (none with a transformer), skips={skips} "
-                             "from 0 to 5")
+        if (len(widths), len(tail_widths)) != (6, len(own_widths)):
+            raise ValueError(f"variant={variant} takes 6 widths and {len(own_widths)} tail_widths, "
+                             f"got {len(widths)} and {len(tail_widths)}")
         self.args = dict(n_classes=n_classes, multilabel=multilabel, variant=variant, skips=skips,
                          sources=list(sources), widths=list(widths), pool=pool,
                          tail_widths=list(tail_widths), dropout=dropout, mel_of_log=mel_of_log,
@@ -451,20 +452,20 @@ class Classifier(nn.Module):
         if self.unet is not None:
             with autocast(magnitude, self.amp_dtype):
                 masks, outputs = self.unet(log_compress(magnitude))         # (B, S, T, F), ...
-            masks = masks.float().contiguous()      # matmul takes one source after the other
+            masks = masks.float().contiguous()      # in NCHW, as matmul needs it
             sources = log_compress((masks * magnitude) @ self.mel)          # (B, S, T, M)
             x = torch.cat([sources, x], 1)                          # (B, S + 1, T, M)
-            skips = [outputs[5 - i] for i in range(1, self.skips + 1)]
+            skips = outputs[4::-1][:self.skips]     # tail block 1 takes output 4, and so on
         return x, skips
 
     def logits(self, magnitude):
-        """(B, T, 256) of a crop -> (B, classes)."""
+        """Magnitudes (B, T, 256) of crops -> (B, classes)."""
         x, skips = self.features(magnitude)
         with autocast(magnitude, self.amp_dtype):
             return self.tail(x, skips).float()
 
     def crop_logits(self, wave):
-        """(B, 61792) -> (B, classes)."""
+        """Crops (B, N) -> (B, classes)."""
         return self.logits(magnitudes(wave))
 
     def forward(self, wave):
@@ -494,7 +495,7 @@ def mean_score_logits(logits, multilabel):
 
 
 def crop_losses(logits, targets, multilabel):
-    """(B, classes), (B, classes) 0/1 -> (B,): binary cross-entropy per tag, or cross-entropy."""
+    """Logits and 0/1 targets (B, classes) -> (B,): mean binary, or plain, cross-entropy."""
     if logits.shape != targets.shape:       # broadcasting would hide the mistake
         raise ValueError(f"shapes differ: {logits.shape} and {targets.shape}")
     if multilabel:
@@ -552,12 +553,12 @@ def separate_windows(net, wave, batch):
         count = min(batch, windows - first)
         start = first * step - EDGE
         stop = start + length + (count - 1) * step
-        some = F.pad(wave[:, max(0, start):stop], (max(0, -start), max(0, stop - n)))
-        spec = stft(some.to(device))                                # (C, 960 K + 192, 257)
+        padded = F.pad(wave[:, max(0, start):stop], (max(0, -start), max(0, stop - n)))
+        spec = stft(padded.to(device))                              # (C, 960 K + 192, 257)
         windowed = spec.mean(0).unfold(0, WINDOW, frames).transpose(1, 2)   # (K, 1152, 257)
         masks = net.masks(windowed)                                 # (K, S, 1152, 256)
 
-        # a window's first frames overlap the previous one's last; the song's first window has none
+        # cross-fade with the end of the previous window; the first window fades with itself
         ends = masks[:, :, frames:]                                 # (K, S, 192, 256)
         if first == 0:
             carried = masks[:1, :, :OVERLAP]

@@ -35,7 +35,7 @@ from prepare import decode, files, store, summary
 
 # -----------------------------------------------------------------------------
 # settings of all datasets; those of a single dataset are in its file in prepare/
-out = "data"            # prepared data goes to OUT/NAME/, downloads to OUT/raw/
+out = "data"            # prepared data is in OUT/NAME/, downloads in OUT/raw/
 name = ""               # of the prepared folder; empty: the dataset's
 path = ""               # folder of the dataset, packed or unpacked; empty: download it
 overwrite = False       # delete the prepared folder's content and decode everything again
@@ -71,46 +71,42 @@ def check_settings(config):
 
 
 def call(function, config, **more):
-    """Calls a function of a dataset with the settings that are among its parameters."""
+    """Calls a function of a dataset with those settings that are among its parameters."""
     known = {**config, **more}
     return function(**{key: known[key] for key in inspect.signature(function).parameters})
 
-
-# -----------------------------------------------------------------------------
 
 def list_dataset(dataset, config, folder):
     """The dataset's store.Listing; downloads what is neither on disk nor decoded yet."""
     path, csv = config["path"], config.get("csv")
     if path and not os.path.isdir(path):
-        return list_again(folder, f"path={path} is not a folder")
+        return list_again(folder, config, f"path={path} is not a folder")
     if csv and not os.path.isfile(csv):
-        return list_again(folder, f"csv={csv} is not a file")
-    if csv:
-        return call(dataset.listing, config, files={})  # the table names the files
-    if path:
-        return call(dataset.listing, config, files=files.inventory(path))
+        return list_again(folder, config, f"csv={csv} is not a file")
+    if path or csv:     # a table names the files
+        return call(dataset.listing, config, files={} if csv else files.inventory(path))
     if not hasattr(dataset, "downloads"):
-        die(f"give --path=FOLDER: {dataset.__doc__.strip().splitlines()[0]}")
+        return list_again(folder, config, f"no --path=FOLDER ({dataset.__doc__.splitlines()[1]})")
 
-    raw, tables, archives = call(dataset.downloads, config)
-    raw = os.path.join(config["out"], "raw", raw)
+    raw_name, tables, archives = call(dataset.downloads, config)
+    raw = os.path.join(config["out"], "raw", raw_name)
     with store.locked(raw):  # protocols and subsets share their downloads
-        # an archive is not needed once it is decoded, or unpacked by hand
+        # an archive is not needed once all of it is decoded, or if the user has unpacked it
         download.fetch(tables, raw, ELSEWHERE)
         packed = {re.sub(r"\.\d{3}$", "", url.rsplit("/", 1)[1]) for url, _ in archives}
         listed = call(dataset.listing, config, files=files.inventory(raw, skip=packed))
-        known = store.read_journal(folder)
+        known = {} if config["overwrite"] else store.read_journal(folder)
         if listed.sources or listed.items and all(i["name"] in known for i in listed.items):
             return listed
         if known and not listed.items:
-            return list_again(folder, f"{raw} is empty")
+            return list_again(folder, config, f"{raw} is empty")
         download.fetch(archives, raw, ELSEWHERE)
         return call(dataset.listing, config, files=files.inventory(raw))
 
 
-def list_again(folder, problem):
-    """The listing of the last run, for when its files are gone. Dies if there was none."""
-    listed = store.last_listing(folder)
+def list_again(folder, config, problem):
+    """The listing of the last run, for when its files are gone. Exits if there was none."""
+    listed = None if config["overwrite"] else store.last_listing(folder)
     if not listed:
         die(f"{problem}: where is the dataset?")
     print(f"note: {problem}: {folder} keeps the clips and labels of the last run")
@@ -119,17 +115,15 @@ def list_again(folder, problem):
 
 def prepare(folder, listed, config):
     """Updates one folder to its listing, prints a summary and returns the exit status."""
-    counts = Counter(item["name"] for item in listed.items)
-    twice = [name for name, count in counts.items() if count > 1]
-    if twice:
-        die(f"{len(twice):,} files are listed twice, such as {twice[0]}")
+    for name, count in Counter(item["name"] for item in listed.items).most_common(1):
+        if count > 1:
+            die(f"{name} is listed {count} times: every name must be unique")
     store.claim(folder, listed.source_id, config["overwrite"])
     journal = store.read_journal(folder)
-    store.check_audio(folder, journal)
     new, again = store.to_decode(listed.items, listed.sources, journal)
+    if again:
+        print(f"{folder}: {len(again):,} files have changed, or may succeed this time")
     if new or again:
-        if again:
-            print(f"{folder}: {len(again):,} files have changed, or may succeed this time")
         journal = make_audio(folder, listed, new + again, config)
     elif journal:
         print(f"{folder}: nothing new to decode")
@@ -138,22 +132,21 @@ def prepare(folder, listed, config):
     keys = ("min_seconds", "shares", "seed")
     index = store.build_index(listed, journal, {key: config[key] for key in keys})
     if not index["items"]:
-        unexpected = [entry for entry in index["left_out"] if not entry["expected"]]
-        such = "".join(f", such as {e['name']} ({e['reason']})" for e in unexpected[:1])
-        die(f"{folder}: none of {len(listed.items):,} files is usable{such}: check --path, and "
-            "that archives are unpacked")
+        example = next((f", such as {entry['name']} ({entry['reason']})"
+                        for entry in index["left_out"] if not entry["expected"]), "")
+        die(f"{folder}: none of {len(listed.items):,} files is usable{example}: check --path, and "
+            "unpack archives other than zip")
     store.write_index(folder, index)
-    size = os.path.getsize(os.path.join(folder, "audio.int16"))
-    summary.show(folder, index, journal, size)
+    complete = summary.show(folder, index, journal)
     if before not in (None, trained_on(folder, listed.kind)):
         print(f"note: splits or labels of {folder} have changed since the last run. Networks "
               "trained on the old ones cannot be resumed or evaluated on this data: train again, "
               "or keep both with --name=NAME")
-    return 3 if summary.problems(index) else 0
+    return 0 if complete else 3
 
 
 def trained_on(folder, kind):
-    """Prepared.trained_on() of a folder, or None if it cannot be trained on."""
+    """Prepared.trained_on() of a folder; None if the folder is not complete."""
     try:
         return Prepared(folder, kind).trained_on()
     except ValueError:
@@ -167,11 +160,10 @@ def make_audio(folder, listed, names, config):
         made = ((name, *listed.make(source)) for name, source in jobs)
     else:
         workers = min(config["workers"] or cores(), len(jobs))
-        decoded = decode.decode_all(jobs, SAMPLE_RATE, workers, config["timeout"],
-                                    int(config["memory"] * 2 ** 30))
-        made = ((job[0], record, samples) for job, record, samples in decoded)
-    unit = "song" if listed.kind == "stems" else "file"
-    bar = tqdm(made, folder, len(jobs), unit=unit, smoothing=0.05)
+        made = decode.decode_all(jobs, SAMPLE_RATE, workers, config["timeout"],
+                                 int(config["memory"] * 2 ** 30))
+    bar = tqdm(made, folder, len(jobs), smoothing=0.05,
+               unit="song" if listed.kind == "stems" else "file")
     try:
         store.append(folder, listed.source_id, bar, listed.sources)
     except KeyboardInterrupt:
@@ -185,9 +177,7 @@ def main(argv=None):
     names = [arg for arg in argv if not arg.startswith("-")]
     chosen = [known[name] for name in names if name in known]
     config, _ = settings.configure(globals(), argv, configs=False, more=chosen or known.values())
-    if len(names) != 1 or not chosen:
-        other = f", not {' '.join(names)}" if names else ""
-        die(f"name one dataset: python prepare_data.py {'|'.join(known)}{other}")
+    settings.choose("the dataset", " ".join(names), known)
     check_settings(config)
     dataset = importlib.import_module(f"prepare.{names[0]}")
     if names == ["demo"]:  # two folders of synthetic music

@@ -16,9 +16,7 @@ import time
 import torch
 
 import model
-from common import device as devices
-from common import run as runs
-from common import settings
+from common import device as devices, run as runs, settings
 from common.settings import die
 from data import Mixes, Prepared, prefetch
 
@@ -79,7 +77,7 @@ def lr_at(step):
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")
 def validate(net, mixes, dev, rank, world):
-    """Mean loss over the fixed validation mixes, which the ranks share."""
+    """Mean loss over the fixed validation mixes, divided among the ranks."""
     net.eval()
     total = count = 0.0
     starts = range(rank * batch_size, val_mixes, world * batch_size)
@@ -198,7 +196,7 @@ def main():
                     f"data wait {means['data_wait']:.0%} | ETA {settings.clock(left)}",
                     step=done, lr=lr, eta_s=round(left), **means)
 
-    note = ", before any training: nothing was learnt" if progress["best_step"] == 0 else ""
+    note = " (the initial weights)" if progress["best_step"] == 0 else ""
     print(f"best validation loss {progress['best']:.5f} at step {progress['best_step']}{note}; "
           f"{settings.clock(time.time() - began)}: {run.out}")
     print(f"next: python eval.py {run.out}   or   python finetune_cls.py CONFIG "

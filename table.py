@@ -6,13 +6,13 @@ Trains and evaluates a whole table: rows x fractions of the labels x folds x see
     python table.py config/table_v1.py --dry_run=True   # print the commands, for a cluster
 
 Finished runs are skipped. Ctrl-C and SIGTERM let all runs save first; the same command resumes
-them. When all are finished, or at once with --jobs=0, it writes OUT/table.md, .csv, .json and .png
-from the results in OUT/runs/: mean and standard deviation over runs, and the paired difference to
-each baseline with a 95 % interval over test clips and runs. `python -m reports.page OUT/table.json`
-makes a page of them.
+them. Then, or at once with --jobs=0, it writes OUT/table.md, .csv, .json and .png from the results
+in OUT/runs/: mean and standard deviation over runs, and the paired difference to each baseline with
+a 95 % interval over test clips and runs. `python -m reports.page OUT/table.json` makes a page.
 """
 import csv
 import functools
+import graphlib
 import itertools
 import json
 import os
@@ -50,7 +50,6 @@ seed = 1                # of the resamples
 # -----------------------------------------------------------------------------
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-STARTS = ("init", "tail")       # checkpoints to start from: their contents are compared
 
 
 class Job(NamedTuple):
@@ -62,9 +61,6 @@ class Job(NamedTuple):
     row: str = ""
     cell: tuple = ()            # (task, fraction of the labels, fold, seed)
 
-
-# -----------------------------------------------------------------------------
-# jobs
 
 def path_of(name, ending):
     return os.path.join(out, "runs", name + ending)
@@ -78,7 +74,7 @@ def run_name(row, task, fraction, fold, number):
 
 def parse(name, arguments, checkpoints=None):
     """Splits the arguments of a row, separator or task; {NAME} becomes a checkpoint."""
-    try:    # split before formatting: a path may contain spaces
+    try:    # split before formatting, as paths may contain spaces; + "" refuses None
         parts = shlex.split(arguments + "")
         return [part.format(**checkpoints) for part in parts] if checkpoints else parts
     except (TypeError, KeyError, IndexError, ValueError, AttributeError) as e:
@@ -98,37 +94,29 @@ def plan():
 
 
 def cell_jobs(cell, shared):
-    """The jobs of all rows in one cell of the table, ordered by what they need."""
+    """The jobs of all rows in one cell, in the order of their needs; ValueError for a cycle."""
     names = {row: run_name(row, *cell) for row in rows}
     known = names | {name: name for name in separators}
     paths = {name: path_of(job, ".pt") for name, job in known.items()}
     # last on the command line, so that no row can override them
     place = [f"--seed={cell[3]}", f"--label_fraction={cell[1]}", f"--fold={cell[2]}"]
-    pending = []
+    found, graph = {}, graphlib.TopologicalSorter()
     for row, row_args in rows.items():
         arguments = [*shared, *parse(row, row_args, paths), *place]
         needs = [known[name] for name in known if f"{{{name}}}" in row_args]
-        pending.append(Job(names[row], "finetune_cls.py", arguments, needs, row, cell))
-
-    ordered = []
-    while pending:
-        left = {job.name for job in pending}
-        ready = [job for job in pending if not left & set(job.needs)]
-        if not ready:
-            die(f"rows that need each other: {', '.join(job.row for job in pending)}")
-        ordered += ready
-        pending = [job for job in pending if job not in ready]
-    return ordered
+        found[names[row]] = Job(names[row], "finetune_cls.py", arguments, needs, row, cell)
+        graph.add(names[row], *(name for name in needs if name in names.values()))
+    return [found[name] for name in graph.static_order()]
 
 
 def commands(job):
     """The command lines that train and evaluate, as lists without the interpreter."""
-    path, how = path_of(job.name, ".pt"), []
+    path, flags = path_of(job.name, ".pt"), []
     if os.path.exists(path_of(job.name, ".resume")):
-        how = ["--resume=True"]
+        flags = ["--resume=True"]
     elif os.path.exists(path) or os.path.exists(path_of(job.name, ".jsonl")):
-        how = ["--overwrite=True"]          # stopped before it saved anything to resume from
-    train = [job.script, *job.arguments, f"--out={path}", *how]
+        flags = ["--overwrite=True"]        # stopped before it saved anything to resume from
+    train = [job.script, *job.arguments, f"--out={path}", *flags]
     test = ["eval.py", path, f"--data={settings_of(job)['data']}",
             f"--out={os.path.dirname(path)}", f"--dtype={test_dtype}", "--pictures=False",
             "--overwrite=True"]
@@ -141,46 +129,39 @@ def settings_of(job):
 
 
 def finished(job):
-    """Whether a job has a result. Ends the script if the result does not belong to this table."""
+    """The result of a job, or None. Exits if the result does not belong to this table."""
     path = path_of(job.name, ".json")
     if not os.path.exists(path):
-        return False
-    result, kind = read_result(path), "classifier" if job.row else "separator"
-    if (result["kind"], result.get("split")) != (kind, "test"):
-        reason = f"it is not eval.py's result for the test split of a {kind}"
-    elif result["dtype"] != test_dtype:
-        reason = f"it was tested in {result['dtype']}, not {test_dtype}"
-    else:
-        then, now = result["config"], settings_of(job)
-        reason = (changed_settings(then, now) or
-                  changed_contents(then, now, kind, result["tested_on"]))
-    if reason:
-        die(f"{path} does not belong to this table: {reason}. Delete it to evaluate again, all "
-            "files of that run to train again, or choose another --out")
-    return True
+        return None
+    result = read_result(path)
+    changed = changes(job, result)
+    if changed:
+        die(f"{path} does not belong to this table: {'; '.join(changed)}. Delete it to evaluate "
+            "again, all files of that run to train again, or choose another --out")
+    return result
 
 
-def changed_settings(then, now):
-    """The settings that differ between a finished run and now, as text."""
-    changed = []
+def changes(job, result):
+    """What differs between a result and what this table would compute now, as a list of texts."""
+    kind = "classifier" if job.row else "separator"
+    expected = kind, "test", test_dtype
+    actual = result["kind"], result.get("split"), result.get("dtype")
+    if actual != expected:
+        return [f"kind, split and dtype are {actual}, now {expected}"]
+    then, now, changed = result["config"], settings_of(job), []
     for key in sorted(now.keys() - {*FREE_KEYS}):
         old, new = then.get(key), now[key]
-        if key in STARTS and new.endswith(".pt"):       # the folder of the table may have moved
+        if key in ("init", "tail") and new.endswith(".pt"):  # may have moved
             old, new = os.path.basename(str(old)), os.path.basename(new)
         if old != new:
             changed.append(f"{key}: {old!r}, now {new!r}")
-    return "; ".join(changed)
-
-
-def changed_contents(then, now, kind, tested_on):
-    """The checkpoint or data that has changed since a run started from it, as text."""
     for key, old in then.get("started_from", {}).items():
         if old and fingerprint(now[key]) not in ("", old):
-            return f"{now[key]} has changed since"
+            changed.append(f"{now[key]} has changed since")
     hashes = data_hashes(now["data"], kind, now.get("fold", -1))
-    if hashes and hashes != (then.get("trained_on"), tested_on):
-        return f"the splits or labels in {now['data']} have changed since"
-    return ""
+    if hashes and hashes != (then.get("trained_on"), result["tested_on"]):
+        changed.append(f"the splits or labels in {now['data']} have changed since")
+    return changed
 
 
 @functools.cache
@@ -192,13 +173,10 @@ def data_hashes(folder, kind, fold):
     return prepared.trained_on(), prepared.hash_of("test")
 
 
-# -----------------------------------------------------------------------------
-# running
-
 def start(command, job):
     """A process that runs one command of a job, on its share of the cores."""
     with open(path_of(job.name, ".log"), "a") as log:
-        # in a new session: Ctrl-C reaches the process only once, through us
+        # in a new session, so that Ctrl-C reaches the process only once, through run_all()
         return subprocess.Popen(
             [sys.executable, os.path.join(HERE, command[0]), *command[1:]],
             stdout=log, stderr=log, close_fds=False, start_new_session=True,
@@ -218,7 +196,7 @@ def run_all(left):
             elif ready and len(running) < jobs:
                 waiting.remove(job)
                 train, test = commands(job)
-                running.append((job, start(train, job), [test]))
+                running.append((job, start(train, job), test))
         time.sleep(0.2)
         if stop.asked:
             for _, process, _ in running:
@@ -227,17 +205,14 @@ def run_all(left):
                 process.wait()
             die("stopped; the same command resumes")
 
-        for entry in list(running):
-            job, process, remaining = entry
-            if (status := process.poll()) is None:
-                continue
-            running.remove(entry)
-            if status == 0 and remaining:
-                running.append((job, start(remaining[0], job), remaining[1:]))
+        for job, process, test in [entry for entry in running if entry[1].poll() is not None]:
+            running.remove((job, process, test))
+            if process.returncode == 0 and test:
+                running.append((job, start(test, job), None))
                 continue
             ended += 1
             left_s = (time.time() - began) / ended * (len(left) - ended)
-            if status == 0:
+            if process.returncode == 0:
                 summary = headline(read_result(path_of(job.name, ".json")))
             else:
                 summary = f"failed, see {path_of(job.name, '.log')}"
@@ -257,50 +232,30 @@ def headline(result):
         f"{source} {value:.2f}" for source, value in medians.items() if value is not None)
 
 
-# -----------------------------------------------------------------------------
-# the table, from the results of the runs
-
-def load_run(name):
-    """(result, {clips, targets, scores}) of a run."""
-    path = path_of(name, ".json")
+def load_scores(name):
+    """{clips, targets, scores} of a run."""
+    path = path_of(name, ".npz")
     try:
-        with np.load(path_of(name, ".npz")) as saved:
-            arrays = {key: saved[key] for key in ("clips", "targets", "scores")}
+        with np.load(path) as saved:
+            return {key: saved[key] for key in ("clips", "targets", "scores")}
     except Exception as e:  # np.load raises errors of zipfile, zlib, pickle and its own
-        die(f"{path_of(name, '.npz')} cannot be read ({type(e).__name__}: {e}): delete it and "
-            f"{path} to evaluate again")
-    return read_result(path), arrays
-
-
-def check_tests(runs):
-    """Ends the script if two runs on the same fold were tested on different clips or labels.
-
-    runs: [(cell, (result, arrays))].
-    """
-    first = {}
-    for cell, (_, arrays) in runs:
-        first_cell, expected = first.setdefault(cell[2], (cell, arrays))
-        if any(not np.array_equal(expected[key], arrays[key]) for key in ("clips", "targets")):
-            die(f"the runs of {first_cell} and {cell} were tested on different clips or labels: "
-                "delete the results of the older one to evaluate again")
-
-
-def paired(runs, baseline):
-    """[(fold, targets, scores, scores of the baseline)] of the cells that both have a run for."""
-    both = [(cell, arrays, baseline[cell][1]) for cell, (_, arrays) in runs.items()
-            if cell in baseline]
-    return [(cell[2], a["targets"], a["scores"], b["scores"]) for cell, a, b in both]
+        die(f"{path} cannot be read ({type(e).__name__}: {e}): delete it and {name}.json to "
+            "evaluate again")
 
 
 def summarise(done):
-    """[{task, labels, row, runs, metrics, chance, differences}] of finished jobs."""
-    groups = {}
-    for job in done:
+    """[{task, labels, row, runs, metrics, chance, differences}] of [(finished job, result)]."""
+    groups, tests = {}, {}
+    for job, result in done:
+        arrays = load_scores(job.name)
+        first, expected = tests.setdefault(job.cell[:3], (job.name, arrays))
+        if any(not np.array_equal(expected[key], arrays[key]) for key in ("clips", "targets")):
+            die(f"{first} and {job.name} were tested on different clips or labels: delete the "
+                "results of the older one to evaluate again")
         group = groups.setdefault(job.cell[:2], {})
-        group.setdefault(job.row, {})[job.cell] = load_run(job.name)
+        group.setdefault(job.row, {})[job.cell] = result, arrays
     table = []
     for (task, fraction), by_row in groups.items():
-        check_tests([run for runs in by_row.values() for run in runs.items()])
         for row, runs in by_row.items():
             first = next(iter(runs.values()))[0]
             tags = "ROC-AUC" in first["metrics"]
@@ -311,7 +266,9 @@ def summarise(done):
                      "metrics": {key: [float(one[key][0]) for one in values] for key in keys},
                      "chance": first["chance"], "differences": {}}
             for base in [base for base in baselines if base != row]:
-                pairs = paired(runs, by_row.get(base, {}))
+                others = by_row.get(base, {})
+                pairs = [(cell[2], a["targets"], a["scores"], others[cell][1]["scores"])
+                         for cell, (_, a) in runs.items() if cell in others]
                 if pairs:
                     entry["differences"][base] = metrics.paired_interval(
                         measure, pairs, bootstrap, seed)
@@ -357,25 +314,23 @@ def write_csv(table, path):
                 lines.writerow(cells)
 
 
-# -----------------------------------------------------------------------------
-
 def check_settings(config):
-    if not rows or not tasks:
-        die("a table needs rows and tasks: name a config file, such as config/table_v1.py")
     settings.check_numbers(config | {"labels": list(labels)}, "labels")
     settings.within(0, 1, labels=max(labels, default=1))
     settings.at_least(0, jobs=jobs)
     settings.choose("test_dtype", test_dtype, AMP_DTYPES)
     settings.at_least(1, bootstrap=bootstrap)
     settings.at_least(-1, folds=min(folds, default=-1))
+    for base in baselines if baselines != ["scratch", "tail"] else []:
+        settings.choose("baselines", base, rows)
     for key, values in (("seeds", seeds), ("folds", folds)):
         if not values or len(set(values)) < len(values):
             die(f"{key} must be different numbers, got {values}")
-    if not set(baselines) <= {*rows, "scratch", "tail"}:
-        die(f"baselines {', '.join(baselines)} must be some of the rows {', '.join(rows)}")
-    for name in separators | rows | tasks:
-        if type(name) is not str or not name.replace("_", "").replace("+", "").isalnum():
-            die(f"{name!r} becomes part of a file name: use letters, digits and _")
+    wrong = [name for name in separators | rows | tasks     # they are parts of file names
+             if type(name) is not str or not name.replace("_", "").replace("+", "").isalnum()]
+    if wrong or not rows or not tasks:
+        die(f"a table needs rows and tasks, named by letters, digits, + and _ (not {wrong}): name "
+            "a config file, such as config/table_v1.py")
 
 
 def main():
@@ -396,12 +351,12 @@ def main():
         files.lock(os.path.join(out, ".lock"), out)         # the runs inherit it
         print(f"{len(planned)} runs, {len(planned) - len(left)} are finished; {jobs} at a time")
         failed = run_all(left)
-    done = [job for job in planned if job.row and finished(job)]
+    done = [(job, result) for job in planned if job.row and (result := finished(job))]
     if not done:
         die(f"no run is finished in {out}")
-    commits = {read_result(path_of(job.name, ".json"))["commit"] for job in done}
+    commits = {result["commit"] for _, result in done}
     if len(commits) > 1:
-        print(f"note: these runs were made by {len(commits)} versions of this code")
+        print(f"note: these runs come from {len(commits)} commits of this repository")
     table, base = summarise(done), os.path.join(out, "table")
     text = as_text(table)
     result = {"kind": "table", "checkpoint": "", "baselines": baselines, "entries": table}

@@ -37,11 +37,11 @@ def noise(*shape, seed=0):
     (7_240_151, lambda: model.Classifier(50, True, "v1")),
     (6_797_783, lambda: model.Classifier(50, True, "v1", skips=3)),
     (7_225_304, lambda: model.Classifier(16, False, "v1", sources="vodb"))])
-def test_parameter_counts_are_the_papers(count, make):
+def test_parameter_counts_match_the_paper(count, make):
     assert sum(p.numel() for p in make().parameters() if p.requires_grad) == count
 
 
-def test_stft_and_its_inverse_against_plain_loops():
+def test_stft_and_istft_match_plain_loops():
     wave = noise(model.CROP).double().numpy()
     window = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(512) / 512)
     starts = range(0, 384 * 160, 160)
@@ -61,7 +61,7 @@ def test_stft_and_its_inverse_against_plain_loops():
 
 
 @pytest.mark.parametrize("length, hop", [(512, 160), (12, 4), (5, 5), (3, 7)])
-def test_overlap_add_and_its_gradient_against_a_plain_loop(length, hop):
+def test_overlap_add_and_its_gradient_match_a_plain_loop(length, hop):
     torch.manual_seed(1)
     frames = torch.randn(2, 3, 6, length, dtype=torch.float64, requires_grad=True)
     expected = torch.zeros(2, 3, 5 * hop + length, dtype=torch.float64)
@@ -72,7 +72,7 @@ def test_overlap_add_and_its_gradient_against_a_plain_loop(length, hop):
         assert torch.autograd.gradcheck(lambda x: model.OverlapAdd.apply(x, hop), frames)
 
 
-def test_mel_filters_against_a_plain_loop():
+def test_mel_filters_match_a_plain_loop():
     ours, plain = model.mel_filters().numpy(), np.zeros((256, 128))
     mel = [1127 * math.log(1 + f / 700) for f in np.linspace(0, 8000, 256)]
     low, high = 1127 * math.log(1 + 100 / 700), 1127 * math.log(1 + 7800 / 700)
@@ -124,6 +124,18 @@ def test_a_classifier_averages_scores_over_crops(multilabel):
     assert torch.isfinite(model.mean_score_logits(extreme, multilabel)).all()
 
 
+def test_losses_refuse_shapes_that_would_broadcast():
+    with pytest.raises(ValueError, match="2, 3.*2, 1"):
+        model.crop_losses(torch.zeros(2, 3), torch.zeros(2, 1), True)
+    with pytest.raises(ValueError, match="2, 2, 900.*2, 1, 900"):
+        model.l1_loss(torch.zeros(2, 2, 900), torch.zeros(2, 1, 900))
+
+
+def test_loss_of_large_logits_is_finite():
+    losses = model.crop_losses(torch.full((2, 3), 200.0), torch.zeros(2, 3), True)
+    assert torch.isfinite(losses).all()
+
+
 # -----------------------------------------------------------------------------
 # the transformer
 
@@ -172,7 +184,7 @@ def test_adapters_map_every_decoder_output_to_patches(frames):
         assert model.Adapter(4, D, d)(skip).shape == (2, frames // 16 * 8, D)
 
 
-def test_a_skip_changes_the_patches_at_its_place():
+def test_a_skip_changes_only_the_patches_at_its_position():
     adapter = model.Adapter(1, D, 3)
     skip = torch.zeros(1, 1, 32, 64)
     skip[..., 8:12, 16:24] = 1
@@ -252,11 +264,11 @@ def test_separation_in_windows_equals_the_whole_song_at_once(net, n):
     with torch.no_grad():
         whole = plain_separate(net, wave)
     for batch in (1, 4):
-        found = model.separate(net, wave, batch=batch)
-        torch.testing.assert_close(found, whole, atol=1e-6, rtol=0)
+        actual = model.separate(net, wave, batch=batch)
+        torch.testing.assert_close(actual, whole, atol=1e-6, rtol=0)
 
 
-def test_calling_the_network_separates_too(net):
+def test_forward_separates_songs_of_any_length(net):
     songs = noise(2, 100_000)
     apart = torch.stack([model.separate(net, song) for song in songs])
     torch.testing.assert_close(net(songs), apart, atol=1e-6, rtol=0)
@@ -270,7 +282,7 @@ def test_masks_of_one_reconstruct_the_song():
         torch.testing.assert_close(model.separate(net, wave), wave[None], atol=2e-6, rtol=0)
 
 
-def test_other_shapes_and_dtypes_of_a_batch_are_refused(net):
+def test_batches_of_wrong_shape_or_dtype_are_refused(net):
     for bad in (noise(3, 4, 5), noise(3, 5).int(), noise(2, 0)):
         with pytest.raises(ValueError, match="samples"):
             net(bad)
@@ -343,8 +355,8 @@ def test_tags_are_resampled_as_prepared_data_is():
     tagger = model.Classifier(3, True, "tail", tail_widths=[4] * 7).eval()
     song = noise(2, 10 * 44100)
     at_16k = resample(song.mean(0), 44100, 16000)
-    found = model.tag(tagger, song, 44100)
-    torch.testing.assert_close(found, model.tag(tagger, at_16k), atol=1e-6, rtol=0)
+    actual = model.tag(tagger, song, 44100)
+    torch.testing.assert_close(actual, model.tag(tagger, at_16k), atol=1e-6, rtol=0)
 
 
 def test_other_shapes_dtypes_and_networks_are_refused(net):

@@ -34,10 +34,10 @@ av.logging.set_level(av.logging.PANIC)  # damage is returned, not printed
 
 
 def resampled(wave, rate, to):
-    """resample() of an array, float32 (..., N)."""
+    """audio.resample.resample() of a NumPy array, float32 (..., N) at `rate` Hz."""
     if rate == to:
         return wave
-    import torch  # here: it takes seconds and 0.5 GB to load, which files at 16 kHz do without
+    import torch  # lazy: it takes seconds and 0.5 GB, and files at 16 kHz do not need it
 
     from audio.resample import resample
     return resample(torch.from_numpy(wave), rate, to).numpy()
@@ -50,32 +50,30 @@ def to_int16(wave):
     return np.clip(scaled, -32768, 32767, out=scaled).astype("<i2")
 
 
-# -----------------------------------------------------------------------------
-# reading
-
 def read(file, stream=0):
     """(mono float32 (N,), sample rate, damage) of one audio stream of a file.
 
     file: a path, or a seekable binary file. stream: index among its audio streams.
     The wave is the mean of the channels. Full scale is 1, which float formats may exceed.
-    damage: a list of messages on what is damaged, missing or left out; empty if intact.
+    damage: a list of messages about what is damaged, missing or left out; empty if intact.
     Raises Broken if nothing can be decoded, OSError if the file cannot be opened.
     """
     with Sound(file, stream) as sound:
-        waves, seconds = [], {}
-        for rate, samples in decode(sound.container, sound.track, sound.damage):
+        parts, seconds = {}, 0.0        # {sample rate: [wave]}, of all rates
+        for rate, samples in sound.decode():
             wave = samples[0] if len(samples) == 1 else samples.mean(0)         # (n,)
-            waves.append((rate, wave))
-            seconds[rate] = seconds.get(rate, 0) + len(wave) / rate
-            if sum(seconds.values()) > MAX_SECONDS:
+            parts.setdefault(rate, []).append(wave)
+            seconds += len(wave) / rate
+            if seconds > MAX_SECONDS:
                 raise Broken(f"is longer than {MAX_SECONDS // 3600} hours")
 
         # the rate may change within a file, mostly where damaged data looks like a header
-        rate = max(seconds, key=seconds.get, default=0)
-        other = sum(seconds.values()) - seconds.get(rate, 0)
-        if other:
-            sound.damage.append(f"left out {other:.1f} s at another sample rate")
-        wave = np.concatenate([np.zeros(0, np.float32), *(w for r, w in waves if r == rate)])
+        waves = {rate: np.concatenate(part) for rate, part in parts.items()}
+        rate = max(waves, key=lambda rate: len(waves[rate]) / rate, default=0)
+        wave = waves.get(rate, np.zeros(0, np.float32))                         # (N,)
+        if len(waves) > 1:
+            left_out = seconds - len(wave) / rate
+            sound.damage.append(f"left out {left_out:.1f} s at another sample rate")
         sound.check_end(len(wave), rate)
     return wave, rate, sound.damage
 
@@ -88,13 +86,10 @@ class Sound(contextlib.ExitStack):
         self.damage, self.name = [], str(file)
         with contextlib.ExitStack() as opened:
             if isinstance(file, (str, os.PathLike)):
-                # opened here, as FFmpeg treats some names as URLs
+                # FFmpeg gets an open file, as it treats some names as URLs
                 file = opened.enter_context(open(file, "rb"))
-            if file.seek(0, os.SEEK_END) == 0:
-                raise Broken("is empty (0 bytes)")
             self.file = without_tags(file)
             self.container = opened.enter_context(open_container(self.file))
-            self.format = self.container.format.name.partition(",")[0]
             tracks = self.container.streams.audio
             if stream >= len(tracks):
                 raise Broken(f"has {len(tracks)} audio streams, stream {stream + 1} requested"
@@ -105,21 +100,66 @@ class Sound(contextlib.ExitStack):
         if self.track.duration:
             self.declared = float(self.track.duration * self.track.time_base)
 
+    def decode(self):
+        """Yields (rate, samples (C, n)) up to the last frame that can be decoded."""
+        fifo, kind, bad = av.AudioFifo(), None, 0
+        due, missing = None, 0.0    # expected time of the next frame, sum of all gaps; in seconds
+        for packet in self.packets():
+            try:
+                frames = packet.decode() if packet else self.track.codec_context.decode(None)
+            except av.FFmpegError:
+                bad += not packet or not is_padding(bytes(packet))
+                continue  # FFmpeg resumes at the next intact frame
+            for frame in frames:
+                # PyAV returns no samples of more than 8 planar channels
+                channels = frame.layout.nb_channels
+                if not frame.samples or frame.format.is_planar and channels > 8:
+                    bad += 1
+                    continue
+                if frame.time is not None:
+                    if due is not None and frame.time - due > JITTER:
+                        missing += frame.time - due
+                    due = frame.time + frame.samples / frame.sample_rate
+                frame = interleave(frame)
+                # a fifo reads out of bounds if its frames differ in rate, layout or format
+                new_kind = frame.sample_rate, channels, frame.format.name
+                if fifo.samples and (new_kind != kind or fifo.samples > BLOCK):
+                    yield drain(fifo)
+                    fifo = av.AudioFifo()
+                frame.pts, kind = None, new_kind    # the fifo rejects gaps between timestamps
+                fifo.write(frame)
+        if fifo.samples:
+            yield drain(fifo)
+        if bad:
+            self.damage.append(f"damaged packets skipped: {bad}")
+        if missing:
+            self.damage.append(f"{missing:.1f} s missing in the middle")
+
+    def packets(self):
+        """Yields packets; None, which flushes the decoder, once reading fails."""
+        try:
+            yield from self.container.demux(self.track)
+        except READ_ERRORS as e:
+            reraise_system_error(e)
+            yield None
+
     def check_end(self, n, rate):
-        """After n samples, the last: raises Broken, or reports truncation."""
-        if self.format == "wav":
+        """Call after the last of n samples. Adds a truncation to `damage`; Broken without audio."""
+        container = self.container.format.name.partition(",")[0]
+        if container == "wav":
             check_wav(self.file)
         if not n:
             raise Broken("contains no audio that can be decoded")
-        message = truncation(self.file, self.format, self.declared, n / rate, rate)
-        self.damage += [message] if message else []
+        message = truncation(self.file, container, self.declared, n / rate, rate)
+        if message:
+            self.damage.append(message)
 
 
 class Blocks(Sound):
     """Yields an audio stream as float32 blocks (C, n), in constant memory.
 
     rate, channels: from the header; frames that differ are converted. declared: seconds from
-    the header, 0 if unknown. damage: complete after the last block. Raises what read() raises.
+    the header, 0 if unknown. damage: complete after the last block. Same exceptions as read().
     """
 
     def __init__(self, file, stream=0):
@@ -131,11 +171,12 @@ class Blocks(Sound):
     def __iter__(self):
         n, other = 0, 0.0
         with naming(self.name):
-            for rate, samples in decode(self.container, self.track, self.damage):
+            for rate, samples in self.decode():
                 if (rate, len(samples)) != (self.rate, self.channels):
                     other += samples.shape[1] / rate
                     if len(samples) != self.channels:
-                        samples = np.repeat(samples.mean(0, keepdims=True), self.channels, 0)
+                        mono = samples.mean(0, keepdims=True)                   # (1, n)
+                        samples = np.repeat(mono, self.channels, 0)             # (C, n)
                     samples = resampled(samples, rate, self.rate)
                 n += samples.shape[1]
                 yield samples
@@ -155,7 +196,8 @@ def open_container(f):
         return av.open(f, metadata_errors="ignore", options={"format_whitelist": FORMATS})
     except READ_ERRORS as e:
         reraise_system_error(e)
-        raise Broken("not audio that FFmpeg can read") from e
+        empty = f.seek(0, os.SEEK_END) == 0
+        raise Broken("is empty (0 bytes)" if empty else "not audio that FFmpeg can read") from e
 
 
 def reraise_system_error(e):
@@ -167,46 +209,8 @@ def reraise_system_error(e):
         raise e
 
 
-def decode(container, track, damage):
-    """Yields (rate, samples (C, n)) up to the last frame that can be decoded.
-
-    Appends messages to `damage` at the end.
-    """
-    fifo, kind, bad = av.AudioFifo(), None, 0
-    due, missing = None, 0.0    # expected time of the next frame, sum of the gaps; seconds
-    for packet in packets(container, track):
-        try:
-            frames = packet.decode() if packet else track.codec_context.decode(None)
-        except av.FFmpegError:
-            bad += not is_padding(bytes(packet)) if packet else 1
-            continue  # FFmpeg resumes at the next intact frame
-        bad += sum(not supported(frame) for frame in frames)
-        for frame in filter(supported, frames):
-            if frame.time is not None:
-                gap = frame.time - due if due is not None else 0.0
-                missing += gap if gap > JITTER else 0.0
-                due = frame.time + frame.samples / frame.sample_rate
-            frame = interleave(frame)
-            # a fifo takes frames of one kind, and reads out of bounds for others
-            new_kind = frame.sample_rate, frame.layout.nb_channels, frame.format.name
-            if fifo.samples and (new_kind != kind or fifo.samples > BLOCK):
-                yield drain(fifo)
-                fifo = av.AudioFifo()
-            frame.pts, kind = None, new_kind    # with timestamps, the fifo insists on no gaps
-            fifo.write(frame)
-    if fifo.samples:
-        yield drain(fifo)
-    damage += [f"damaged packets skipped: {bad}"] * bool(bad)
-    damage += [f"{missing:.1f} s missing in the middle"] * bool(missing)
-
-
-def supported(frame):
-    """PyAV passes on at most 8 planar channels."""
-    return frame.samples > 0 and not (frame.format.is_planar and frame.layout.nb_channels > 8)
-
-
 def interleave(frame):
-    """PyAV crashes on 8 planar channels: makes them packed."""
+    """Converts 8 planar channels, on which PyAV crashes, to packed ones."""
     if not frame.format.is_planar or frame.layout.nb_channels < 8:
         return frame
     frame.pts = None
@@ -214,17 +218,8 @@ def interleave(frame):
     return resampler.resample(frame)[0]
 
 
-def packets(container, track):
-    """Yields a stream's packets, and None, which flushes the decoder, if reading fails."""
-    try:
-        yield from container.demux(track)
-    except READ_ERRORS as e:
-        reraise_system_error(e)
-        yield None
-
-
 def drain(fifo):
-    """(rate, all samples of the fifo as float32 (C, n)); full scale is 1."""
+    """(rate, float32 (C, n)) of all samples in the fifo; full scale is 1."""
     frame = fifo.read()
     channels = frame.layout.nb_channels
     check_layout(frame.sample_rate, channels)
@@ -237,16 +232,16 @@ def drain(fifo):
     return frame.sample_rate, (samples.astype(np.float32) - offset) / scale
 
 
-# -----------------------------------------------------------------------------
-# writing
-
 ENCODERS = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame", "opus": "libopus"}
 LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")     # 1 to 8 channels
 BIT_RATE = 96_000       # of mp3 and opus, per channel
 
+# not soundfile: libsndfile 1.2.2 writes mp3 from int16 at half the amplitude, and loses the
+# OSError of a full disk in its callbacks
+
 
 class Sink:
-    """Keeps the first error of a file for later: FFmpeg's callbacks would garble it."""
+    """Defers the first OSError of a file, which FFmpeg's callbacks would replace by their own."""
 
     def __init__(self, f):
         self.f, self.error = f, None
@@ -255,7 +250,7 @@ class Sink:
         try:
             return getattr(self.f, method)(*args)
         except OSError as e:
-            self.f, self.error = io.BytesIO(), e        # discards the rest
+            self.f, self.error = io.BytesIO(), e        # the rest is discarded
             return self.call(method, *args)
 
     write = functools.partialmethod(call, "write")
@@ -271,14 +266,14 @@ class Sink:
 def writer(f, codec, rate, channels, bit_rate=BIT_RATE):
     """A function that writes int16 blocks (C, n) to an open binary file.
 
-    wav and flac are lossless; wav becomes RF64 beyond 4 GB. mp3 and opus take `bit_rate` per
-    channel, and resample to the next rate that they support. ValueError for too many channels.
+    wav and flac are lossless; wav becomes RF64 beyond 4 GB. mp3 and opus have `bit_rate` per
+    channel, and the next higher sample rate that they support. ValueError for too many channels.
     """
     if channels > (2 if codec == "mp3" else 8):
         raise ValueError(f"{codec} cannot store {channels} channels: wav and flac store up to 8")
     encoder, layout = ENCODERS[codec], LAYOUTS[channels - 1]
-    rates = av.codec.Codec(encoder, "w").audio_rates or [rate]
-    coded_rate = min((r for r in rates if r >= rate), default=max(rates))
+    supported_rates = av.codec.Codec(encoder, "w").audio_rates or [rate]
+    coded_rate = min((r for r in supported_rates if r >= rate), default=max(supported_rates))
     options = {"rf64": "auto"} if codec == "wav" else {}
     sink = Sink(f)
     with av.open(sink, "w", format=codec, container_options=options) as container:

@@ -1,9 +1,6 @@
 """
 What FFmpeg does not report: tags it decodes as audio, and files that end too early.
-
-Used by audio/files.py alone.
 """
-import functools
 import io
 import mmap
 import os
@@ -25,14 +22,11 @@ class Broken(ValueError):
 
 def is_padding(data):
     """True for a tag between or behind frames, and for a short run of one repeated byte."""
-    return data.startswith(TAGS) or len(data) < 8192 and len(set(data)) == 1
+    return data.startswith(TAGS) or (len(data) < 8192 and len(set(data)) == 1)
 
-
-# -----------------------------------------------------------------------------
-# tags
 
 class View:
-    """A read-only binary file over a buffer. FFmpeg goes by its name if the start is damaged."""
+    """A read-only binary file over a buffer. FFmpeg uses `name` if the start is damaged."""
 
     def __init__(self, data, name):
         self.data, self.name, self.at = data, name, 0
@@ -92,22 +86,17 @@ def tag_length(data, end):
         return 20 + syncsafe(data[end - 4:end])
 
     # ID3v2 without a footer: search for its header
-    first = max(1, end - (1 << 24))
-    at = data.rfind(b"ID3", first, end)
-    while at > 0:
+    at = end
+    while (at := data.rfind(b"ID3", max(1, end - (1 << 24)), at)) > 0:
         if at + 10 + syncsafe(data[at + 6:at + 10]) == end:
             return end - at
-        at = data.rfind(b"ID3", first, at)
     return 0
 
 
 def syncsafe(data):
-    """The integer that ID3v2 stores in seven bits of each byte."""
-    return functools.reduce(lambda number, byte: number << 7 | byte & 127, data, 0)
+    """The integer that ID3v2 stores in seven bits of each byte, the highest first."""
+    return sum((byte & 127) << 7 * k for k, byte in enumerate(reversed(data)))
 
-
-# -----------------------------------------------------------------------------
-# truncation
 
 def truncation(f, container, declared, decoded, rate):
     """A message if the file is truncated, else None. Lengths in seconds."""
@@ -126,7 +115,7 @@ def truncation(f, container, declared, decoded, rate):
 
 
 def data_chunk(f, container):
-    """(offset, declared bytes) of the samples in a chunked file; 0 bytes if not found."""
+    """(offset, declared size in bytes) of the samples in a chunked file; size 0 if not found."""
     at, name_bytes, size_bytes, order, included, align = CHUNKS[container]
     size64 = None
     while True:
@@ -154,9 +143,9 @@ def check_wav(f):
     if f.read(4) == b"RIFX":
         raise Broken("a big-endian wav file (RIFX): convert it first")
     at, size = data_chunk(f, "wav")
-    end = f.seek(0, os.SEEK_END)
     if size:
         return
+    end = f.seek(0, os.SEEK_END)
     while at + 8 <= end:
         f.seek(at)
         head = f.read(8)
@@ -179,14 +168,12 @@ def ogg_is_complete(f):
 
 
 def mp3_length(f, rate):
-    """Seconds by the frame count in the first frame of an mp3 (Xing, Info, VBRI); 0 if absent."""
+    """Seconds according to the first frame of an mp3 (Xing, Info, VBRI); 0 without a count."""
     f.seek(0)
     head = f.read(4096)
-    samples = 1152 if rate >= 32000 else 576    # per frame
     for tag, offset in ((b"Xing", 8), (b"Info", 8), (b"VBRI", 14)):
         at = head.find(tag)
-        if at >= 0:
-            frames = head[at + offset:at + offset + 4]
-            has_count = tag == b"VBRI" or head[at + 7:at + 8] and head[at + 7] & 1
-            return int.from_bytes(frames, "big") * samples / rate if has_count else 0.0
+        if at >= 0 and (tag == b"VBRI" or head[at + 7:at + 8] and head[at + 7] & 1):
+            frames = int.from_bytes(head[at + offset:at + offset + 4], "big")
+            return frames * (1152 if rate >= 32000 else 576) / rate
     return 0.0

@@ -17,7 +17,9 @@ try:
 except ModuleNotFoundError as e:
     if e.name != "kernels":
         raise
-    kernels = None      # the folder is optional
+    kernels = None
+if not hasattr(kernels, "accelerate"):
+    kernels = None      # no such folder, or a package of the same name from PyPI
 
 # precision of the convolutional parts, see model.py
 AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,8 +28,6 @@ AMP_DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.floa
 def setup_device(device):
     """(device, rank, world size). Joins the process group if torchrun started this process."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        die(f"device={device}, but this PyTorch finds no CUDA device: use --device=cpu")
     rank, world, local_rank = _ranks()
     if world > 1 and device == "cuda":
         device = f"cuda:{local_rank}"
@@ -36,11 +36,12 @@ def setup_device(device):
     if device == "cpu" and kernels:
         kernels.keep_freed_memory()
     try:
-        found = torch.empty(1, device=device).device
+        resolved = torch.empty(1, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        die(f"device={device} does not work here: {str(e).splitlines()[0]}")
-    if found.type == "cuda":
-        torch.cuda.set_device(found)        # CUDA graphs are captured on the current device
+        reason = str(e).splitlines()[0][:120]
+        die(f"device={device} does not work here ({reason}): use --device=cpu")
+    if resolved.type == "cuda":
+        torch.cuda.set_device(resolved)     # CUDA graphs are captured on the current device
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     if rank > 0:                            # only rank 0 prints; errors of all ranks appear
@@ -50,16 +51,15 @@ def setup_device(device):
 
 def _ranks():
     """(rank, world size, local rank) from the environment that torchrun sets."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    missing = [key for key in needed if key not in os.environ]
-    # schedulers set WORLD_SIZE too: waiting for ranks that nobody started would hang
-    if world > 1 and missing:
+    keys = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [key for key in keys if key not in os.environ]
+    if not missing:
+        return [int(os.environ[key]) for key in keys[:3]]
+    # schedulers set WORLD_SIZE too: joining a group whose other ranks never start would hang
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
         print(f"note: WORLD_SIZE={world} is ignored because {', '.join(missing)} is not set: "
               "running one process (torchrun starts several)", flush=True)
-    if world == 1 or missing:
-        return 0, 1, 0
-    return int(os.environ["RANK"]), world, int(os.environ["LOCAL_RANK"])
+    return 0, 1, 0
 
 
 def cores():
@@ -79,10 +79,10 @@ def distribute(net, device, sync_batchnorm):
     if sync_batchnorm and not on_gpu:
         die(f"sync_batchnorm=True needs GPUs, but device={device}: use --sync_batchnorm=False")
     if sync_batchnorm:
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)      # in place: `net` has children
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)      # in place: it replaces children
         for module in net.modules():
             if isinstance(module, torch.nn.SyncBatchNorm):
-                module.forward = torch.compiler.disable(module.forward)     # it communicates
+                module.forward = torch.compiler.disable(module.forward)     # it all-reduces
     return DistributedDataParallel(net, [device] if on_gpu else None)
 
 
@@ -98,11 +98,6 @@ def sum_over_ranks(values, device):
 def mean_over_ranks(value, device):
     ranks, total = sum_over_ranks([1.0, value], device)
     return total / ranks
-
-
-def any_rank(flag, device):
-    """Logical OR over ranks."""
-    return sum_over_ranks([float(flag)], device)[0] > 0
 
 
 def sync_and_check(net, device):
@@ -129,10 +124,7 @@ def accelerate(net, device):
 
 
 def compile_parts(parts, device):
-    """torch.compile of the modules, in place; a note if it does not work on this machine.
-
-    On a CPU it takes over a minute, and steps are no faster than with kernels/.
-    """
+    """torch.compile of the modules, in place; prints a note if that does not work here."""
     # torch.compile() itself never fails, but the first call does (no Triton, an old GPU, ...)
     probe = torch.nn.Sequential(
         torch.nn.Conv2d(1, 2, 3), torch.nn.BatchNorm2d(2), torch.nn.LeakyReLU()).to(device)
@@ -148,7 +140,7 @@ def compile_parts(parts, device):
 
 
 def keep_on_gpu(prepared, device):
-    """Copies prepared audio to the GPU, where crops are cut faster, if it has room for it twice."""
+    """Moves audio to the GPU, where crops are cut faster, if it fits half of the free memory."""
     if not device.startswith("cuda"):
         return
     size, free = prepared.audio.nbytes, torch.cuda.mem_get_info(device)[0]
@@ -162,10 +154,9 @@ def keep_on_gpu(prepared, device):
 class CudaGraph:
     """step(*tensors) -> loss, which leaves gradients in `parameters`, captured as one CUDA graph.
 
-    In small batches, launching hundreds of kernels one by one takes longer than running them. The
-    first three calls run as usual, while compilers and cuDNN choose kernels; the fourth captures;
-    later ones copy their inputs and replay, so shapes must not change. Gradients must be None
-    before each call. The returned loss is overwritten by the next call.
+    Launching hundreds of kernels takes longer than running them on small batches. The first three
+    calls run as usual, while cuDNN and compilers choose kernels; later ones replay the fourth, so
+    shapes must not change. Gradients must be None before a call, which overwrites the last loss.
     """
 
     def __init__(self, step, parameters):
@@ -192,7 +183,7 @@ class CudaGraph:
 
 @torch.no_grad()
 def count_flops(net, crop, device):
-    """Floating-point operations to train on a crop of so many samples: three forward passes."""
+    """FLOPs to train on a crop of `crop` samples: a backward pass costs two forward passes."""
     net.eval()
     with FlopCounterMode(display=False) as counter:
         net(torch.zeros(1, crop, device=device))
@@ -202,7 +193,7 @@ def count_flops(net, crop, device):
 
 @torch.no_grad()
 def matmul_rate(device, amp_dtype):
-    """Operations per second of a large matrix product: best of five, as cores may be shared."""
+    """FLOP/s of a large matrix product: the best of five, as other processes may use the cores."""
     n = 8192 if device.startswith("cuda") else 2048
     if device == "cpu" and amp_dtype == torch.float16:
         n = 256     # on CPUs without float16 instructions a larger product takes minutes
@@ -215,7 +206,7 @@ def matmul_rate(device, amp_dtype):
 
 
 def peak_seconds(net, crop, device):
-    """Seconds to train on a crop if all operations ran at the rate of a large matrix product."""
+    """Seconds to train on a crop if all FLOPs ran at the rate of a large matrix product."""
     rate, threads = matmul_rate(device, net.amp_dtype), torch.get_num_threads()
     if device == "cpu" and threads > 1:
         torch.set_num_threads(1)

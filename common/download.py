@@ -23,8 +23,8 @@ def fetch(wanted, folder, hint="", pauses=None):
     """Downloads the files of [(url, "algorithm:digest" or "size:bytes")] that `folder` lacks.
 
     Algorithms are those of hashlib, and gitblob, the id of a file in a git repository. An empty
-    checksum accepts any content. Resumes earlier downloads. ValueError or OSError with what to do
-    if it fails; `hint` adds an alternative. `pauses`: seconds between attempts without progress.
+    checksum accepts any content. Resumes interrupted downloads. ValueError or OSError with what to
+    do if it fails; `hint` adds an alternative. `pauses`: seconds between attempts without progress.
     """
     os.makedirs(folder, exist_ok=True)
     missing = []
@@ -37,8 +37,11 @@ def fetch(wanted, folder, hint="", pauses=None):
     sizes = [length_of(url, hint) for url, *_ in missing]
     for (url, *_), size in zip(missing, sizes, strict=True):
         print(f"to download: {url}" + (f", {size / 1e9:.2f} GB" if size else ""))
-    have = sum(downloaded(path) for *_, path in missing)
-    check_space(folder, sum(size or 0 for size in sizes) - have)
+    needed = sum(size or 0 for size in sizes) - sum(downloaded(path) for *_, path in missing)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{folder} needs {needed / 1e9:.2f} GB for the download, the disk has "
+                         f"{free / 1e9:.2f} GB free: free some, or link it to a larger disk")
     for (url, checksum, path), size in zip(missing, sizes, strict=True):
         fetch_one(url, path, size, hint, PAUSES if pauses is None else pauses)
         if checksum:
@@ -47,27 +50,20 @@ def fetch(wanted, folder, hint="", pauses=None):
 
 
 def downloaded(path):
-    """Bytes of path.part so far."""
+    """Size of path.part in bytes, 0 if there is none."""
     return os.path.getsize(path + ".part") if os.path.exists(path + ".part") else 0
 
 
-def check_space(folder, size):
-    free = shutil.disk_usage(folder).free
-    if size > free:
-        raise ValueError(f"{folder} needs {size / 1e9:.2f} GB for the download, the disk has "
-                         f"{free / 1e9:.2f} GB free: free some, or link it to a larger disk")
-
-
 def length_of(url, hint):
-    """Bytes of the file at the URL, or None if a HEAD request does not say."""
+    """Size in bytes of the file at the URL, or None if the server does not declare it."""
     request = urllib.request.Request(url, method="HEAD", headers=HEADERS)
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-            return int(answer.headers["Content-Length"])
+        with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+            return int(response.headers["Content-Length"])
     except (OSError, TypeError, ValueError, http.client.HTTPException) as e:
         if getattr(e, "code", None) in (404, 410):
             raise_gone(url, e, hint)
-    return None  # fetch_one tries again and reports errors
+    return None  # fetch_one() retries and reports errors
 
 
 def raise_gone(url, e, hint):
@@ -78,7 +74,7 @@ def raise_gone(url, e, hint):
 def fetch_one(url, path, size, hint, all_pauses):
     """Downloads url, of `size` bytes if known, to path.part.
 
-    Retries after a broken connection, a busy server or a wrong answer, with growing pauses.
+    Retries after a broken connection, a busy server or a wrong response, with growing pauses.
     """
     pauses = list(all_pauses)
     while True:
@@ -111,25 +107,24 @@ def fetch_one(url, path, size, hint, all_pauses):
 
 
 def fetch_rest(url, path, size):
-    """Continues path.part over one connection. Returns "" if it is complete, else the problem."""
+    """Resumes path.part over one connection. Returns "" once it is complete, else the problem."""
     start = downloaded(path)
     headers = HEADERS | ({"Range": f"bytes={start}-"} if start else {})
     request = urllib.request.Request(url, headers=headers)
-    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        sent = answer.headers.get("Content-Range", "")
-        if start and answer.status == 200:
-            start = 0  # a server without ranges sends the whole file again
-        elif start and not sent.startswith(f"bytes {start}-"):
-            return f"the server sends {sent or 'everything'} instead of what follows byte {start}"
-        length = answer.headers.get("Content-Length", "")
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+        sent_range = response.headers.get("Content-Range", "")
+        if start and response.status == 200:
+            start = 0  # a server without range requests sends the whole file again
+        elif start and not sent_range.startswith(f"bytes {start}-"):
+            return f"the server sends {sent_range or 'no range'} instead of byte {start} onwards"
+        length = response.headers.get("Content-Length", "")
         total = start + int(length) if not size and length.isdecimal() else size
-        check_space(os.path.dirname(path), (total or start) - start)
         with (open(path + ".part", "r+b" if start else "wb") as f,
               tqdm(desc=os.path.basename(path), initial=start, total=total, unit="B",
                    unit_scale=True, mininterval=1) as bar):
             f.seek(start)
             f.truncate()
-            while block := answer.read1(1 << 20):
+            while block := response.read1(1 << 20):
                 f.write(block)
                 bar.update(len(block))
             f.flush()

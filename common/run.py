@@ -9,21 +9,22 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from common.device import any_rank, mean_over_ranks
+from common.device import mean_over_ranks, sum_over_ranks
 from common.files import naming, save_atomically, write_atomically
 from common.settings import choose, die
 
-# settings that may change on resume. Data may move: a hash of its splits and labels is compared
+# settings that may change on resume. Data may move: its splits and labels are compared by hash
 FREE_KEYS = ("data", "out", "resume", "overwrite", "device", "compile", "workers", "log_every",
              "track")
 
 
 class Stop:
-    """`asked` turns True at the first Ctrl-C or SIGTERM. A second one quits at once."""
+    """`asked` becomes True at the first Ctrl-C or SIGTERM. A second one quits at once."""
 
     def __init__(self):
         self.asked = False
@@ -34,14 +35,20 @@ class Stop:
         self.asked = True
         for other in (signal.SIGINT, signal.SIGTERM):
             signal.signal(other, signal.SIG_DFL)
-        # not print(): the signal may have interrupted one
+        # not print(), which is not reentrant
         os.write(2, b"\nstopping after this step; press Ctrl-C again to quit now\n")
+
+
+def check_finite(name, loss, step):
+    if not math.isfinite(loss):
+        die(f"the {name} is {loss} at step {step}: lower learning_rate, set grad_clip, or use "
+            "--dtype=float32 or bfloat16")
 
 
 class Meter:
     """Mean loss, speed and data wait since the last log line.
 
-    saved: the state() at a stop, to go on from. peak: see device.peak_seconds().
+    saved: state() of a stopped run, to continue from. peak: see device.peak_seconds().
     """
 
     def __init__(self, saved=None, peak=0.0):
@@ -52,25 +59,23 @@ class Meter:
         self.loss, self.count, self.waited, self.began = loss, count, waited, time.time() - spent
 
     def next_batch(self, batches, device):
-        """The next tensors of an iterator, on the device; measures the wait for them."""
+        """The next tensors of an iterator, on the device. Adds the time to the data wait."""
         began = time.time()
         tensors = [t.to(device, non_blocking=True) for t in next(batches)]
         self.waited += time.time() - began
         return tensors
 
     def add(self, loss):
-        self.loss = self.loss + loss.detach()       # stays on the device: reading waits for a GPU
+        self.loss = self.loss + loss.detach()       # not float(), which waits for a GPU
         self.count += 1
 
     def read(self, step, batch_size):
-        """{loss, clips_per_s, mfu, data_wait}, and starts again. Exits if the loss is not finite.
+        """{loss, clips_per_s, mfu, data_wait}; resets them. Exits if the loss is not finite.
 
         mfu: model FLOPs utilisation, relative to the measured rate of a large matrix product.
         """
         loss = mean_over_ranks(float(self.loss) / self.count, self.loss.device)
-        if not math.isfinite(loss):
-            die(f"the loss is {loss} at step {step}: lower learning_rate, set grad_clip, or use "
-                "--dtype=float32 or bfloat16")
+        check_finite("loss", loss, step)
         spent = time.time() - self.began
         clips_per_s = self.count * batch_size / spent
         values = {"loss": loss, "clips_per_s": round(clips_per_s, 2),
@@ -87,18 +92,20 @@ class Meter:
 class Run:
     """NAME.pt (best checkpoint, the path `out`), NAME.resume (last state) and NAME.jsonl (log).
 
-    `saved` is the content of NAME.resume if the run is resumed, else None. Exits rather than
-    overwrite an existing run. Only rank 0 writes.
+    `saved` is the content of NAME.resume if the run is resumed, else None. Exits instead of
+    overwriting an existing run. Only rank 0 writes.
     """
 
     def __init__(self, out, resume, overwrite, rank=0):
-        if not out.endswith(".pt"):
-            die(f"out={out} must end in .pt")
-        name = out.removesuffix(".pt")
-        self.files = self.out, self.last, self.log_path = out, name + ".resume", name + ".jsonl"
+        self.name = out.removesuffix(".pt")
+        self.files = [self.name + ending for ending in (".pt", ".resume", ".jsonl")]
+        self.out, self.last, self.log_path = self.files
         self.saved, self.started, self.writes = None, time.time(), rank == 0
         os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
-        existing = [path for path in self.files if os.path.lexists(path)]   # broken links too
+        existing = [path for path in self.files if os.path.lexists(path)]
+        for path in existing:
+            if not os.path.exists(path):        # such as a link to a disk that is not mounted
+                die(f"{path} is a broken link: restore its target, or remove the link")
         if resume:
             self._read_last()
         elif existing and not overwrite:
@@ -109,35 +116,39 @@ class Run:
         try:
             self.saved = torch.load(self.last, map_location="cpu", weights_only=True)
             best = self.saved["progress"]["best"]
-        except Exception as e:      # missing, torn, another file: torch.load has no error type
-            die(f"resume=True, but {self.last} is not the state of a run ({type(e).__name__})")
+        except Exception as e:      # torch.load has no exception class of its own
+            die(f"resume=True, but {self.last} is not the state of a run ({type(e).__name__}): "
+                "restore it, or start again with --overwrite=True")
         if math.isfinite(best) and not os.path.isfile(self.out):
             die(f"{self.out}, the best checkpoint of this run (validation loss {best:.5f}), is "
                 "missing: restore it, or start again with --overwrite=True")
 
     def check_same(self, config):
-        """Exits if a resumed run was started with settings or data that change its course."""
+        """Exits if settings, data or weights differ from those that the run was started with."""
         old = self.saved["config"]
-        # weights to start from may move, since their hash is compared
+        # initial weights may move: they are compared by hash
         moved = [key for key, digest in config.get("started_from", {}).items() if digest]
-        free = {*FREE_KEYS, "steps", *moved}
-        words = {"trained_on": f"the splits or labels in {config['data']} have changed",
-                 "started_from": "init or tail is another file"}
-        changed = [words.get(key, f"{key}: {old.get(key)!r} -> {value!r}")
-                   for key, value in config.items() if old.get(key) != value and key not in free]
+        reasons = {"trained_on": f"the splits or labels in {config['data']} have changed",
+                   "started_from": "init or tail is another file"}
+        changed = [reasons.get(key, f"{key}: {old.get(key)!r} -> {value!r}")
+                   for key, value in config.items()
+                   if old.get(key) != value and key not in (*FREE_KEYS, "steps", *moved)]
         if changed:
             die(f"{self.last} was started differently ({'; '.join(changed)}): resume it with the "
                 "same settings, or start another run with --out or --overwrite=True")
 
     def begin(self, config):
-        """Removes leftover temporary files and opens the log; signals stop the run from now on."""
+        """Removes leftover temporary files, opens the log and installs the signal handlers."""
         if dist.is_initialized():
-            dist.barrier()              # all ranks have seen which files exist
-        self.stop, self.log_every = Stop(), config["log_every"]
-        if not self.writes:
-            return
+            dist.barrier()      # all ranks check for existing files before rank 0 writes any
+        self.log_every = config["log_every"]
+        if self.writes:
+            self._open_log(config)
+        self.stop = Stop()      # last: Ctrl-C interrupts a tracker that hangs
+
+    def _open_log(self, config):
         first = self.saved["step"] if self.saved else 0
-        self.send = tracker(config["track"], self.out, config, first)
+        self.send = tracker(config["track"], self.name, config, first)
         for path in self.files:
             for leftover in glob.glob(glob.escape(path) + ".*.tmp"):
                 os.remove(leftover)     # of a run that was killed while saving
@@ -153,39 +164,33 @@ class Run:
         write_atomically("".join(json.dumps(e) + "\n" for e in kept), self.log_path)
 
     def should_stop(self, step, device):
-        """Whether any rank received a signal. On GPUs, where asking the others waits for the GPU,
-        they only ask at log lines."""
-        if not dist.is_initialized():
-            return self.stop.asked
-        asking = step % self.log_every == 0 or device == "cpu"
-        return asking and any_rank(self.stop.asked, device)
+        """Whether any rank has received a signal."""
+        # an all-reduce waits for the GPU: only at log lines
+        if dist.is_initialized() and device != "cpu" and step % self.log_every:
+            return False
+        return sum_over_ranks([float(self.stop.asked)], device)[0] > 0
 
     def save_last(self, checkpoint, progress, meter, optimizer, scaler):
         """Writes NAME.resume: a checkpoint and the state of the training loop."""
-        self._save({**checkpoint, "progress": progress, "meter": meter.state(),
-                    "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, self.last)
+        if self.writes:
+            save_atomically({
+                **checkpoint, "progress": progress, "meter": meter.state(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}, self.last)
 
     def save_if_best(self, checkpoint, val_loss, progress):
-        """Writes NAME.pt if the loss is the lowest so far: then returns True, and notes it in
-        `progress`. Exits if the loss is not finite."""
-        step = checkpoint["step"]
-        if not math.isfinite(val_loss):
-            die(f"the validation loss is {val_loss} at step {step}: lower learning_rate, or use "
-                "--dtype=float32 or bfloat16")
+        """Writes NAME.pt if the loss is the lowest so far; returns whether. Exits if it is NaN."""
+        check_finite("validation loss", val_loss, checkpoint["step"])
         if val_loss >= progress["best"]:
             return False
-        progress |= {"best": val_loss, "best_step": step}
-        self._save({**checkpoint, "val_loss": val_loss}, self.out)
+        progress |= {"best": val_loss, "best_step": checkpoint["step"]}
+        if self.writes:
+            save_atomically({**checkpoint, "val_loss": val_loss}, self.out)
         return True
 
     def exit_stopped(self, step):
         if dist.is_initialized():
             dist.barrier()      # torchrun kills all ranks once one exits: wait for the file
         die(f"stopped at step {step}; --resume=True continues from there")
-
-    def _save(self, state, path):
-        if self.writes:
-            save_atomically(state, path)
 
     def log(self, line, **entry):
         """Prints the line, and appends the entry to the log as a line of JSON."""
@@ -206,41 +211,33 @@ def load_state(saved, net, optimizer, scaler):
     optimizer.load_state_dict(saved["optimizer"])
 
 
-def tracker(name, out, config, step):
+def tracker(name, folder, config, step):
     """A function that sends log entries, from a step on, to tensorboard or wandb."""
     choose("track", name, ["", "tensorboard", "wandb"])
-    folder = out.removesuffix(".pt")
-    try:
-        if name == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-            board = SummaryWriter(folder, purge_step=step)      # drops entries after the stop
-        if name == "wandb":
-            import wandb
-            board = wandb.init(project="music-sep-pretrain", name=folder, config=config)
-    except Exception as e:      # not installed, no login, no network: each with its own exception
-        die(f"track={name} does not work here (pip install {name}? {type(e).__name__}: {e})")
+    if name == "":
+        return lambda entry: None
+    if name == "wandb":
+        import wandb
+        board = wandb.init(project="music-sep-pretrain", name=folder, config=config)
+        return lambda entry: board.log(entry, step=entry["step"])
+    from torch.utils.tensorboard import SummaryWriter
+    board = SummaryWriter(folder, purge_step=step)      # drops entries after the stop
 
     def send(entry):
-        if name == "wandb":
-            board.log(entry, step=entry["step"])
-        if name == "tensorboard":
-            for key, value in entry.items():
-                board.add_scalar(key, value, entry["step"])
-            board.flush()
+        for key, value in entry.items():
+            board.add_scalar(key, value, entry["step"])
+        board.flush()
     return send
 
 
 def read_log(path):
-    """(entries, number of damaged lines) of a .jsonl log; a crash may leave torn lines.
-
-    An entry is a dictionary with a number `step`. FileNotFoundError if there is no log.
-    """
+    """([{"step": number, ...}], number of damaged lines, as crashes leave them) of a log."""
     entries, damaged = [], 0
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
             try:
                 entry = json.loads(line)
-                entry["step"] + 0           # a number
+                entry["step"] + 0           # TypeError unless it is a number
                 entries.append(entry)
             except (ValueError, TypeError, KeyError):
                 damaged += 1
@@ -248,26 +245,25 @@ def read_log(path):
 
 
 def fingerprint(path):
-    """A hash of the file at `path`; empty if there is none, as for weights known by name."""
+    """A hash of the file at `path`; "" if there is none, as for weights given by name."""
     if not os.path.isfile(path):
         return ""
-    with open(path, "rb") as f:
-        return hashlib.sha256(f.read()).hexdigest()[:16]
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def git_commit():
     """The commit of this code, with + if files differ from it; None without git."""
-    folder = os.path.dirname(os.path.abspath(__file__))
-    command = ["git", "-C", folder, "describe", "--always", "--abbrev=40", "--dirty=+"]
+    command = ["git", "describe", "--always", "--abbrev=40", "--dirty=+"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, cwd=os.path.dirname(os.path.abspath(__file__)),
+                              capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
 
 
 def finite_weights(net):
-    """The state dict on the CPU. Exits if a value is not finite, so that none is ever saved."""
+    """The state dict on the CPU. Exits if a value is not finite: such weights are never saved."""
     state = {name: value.cpu() for name, value in net.state_dict().items()}
     bad = [name for name, value in state.items() if not torch.isfinite(value).all()]
     if bad:

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import difflib
 import functools
+import io
 import math
 import os
 import sys
@@ -18,6 +19,7 @@ from common.files import FULL
 
 MOVED = {       # former keys, and what to do instead
     "report": "draw the page with python -m reports.page FILE",
+    "name": "eval.py writes no summary file, table.py does",
     "print": "use --dry_run=True", "format": "use --codec=",
     **dict.fromkeys(("data_on_gpu", "cuda_graph"), "the script decides by itself"),
     **dict.fromkeys(("frames", "batch_scale", "halvings", "sgd_rates", "patience", "warmup"),
@@ -25,7 +27,7 @@ MOVED = {       # former keys, and what to do instead
 
 
 def die(message):
-    """Ends the script with one line that says what is wrong and what to do."""
+    """Exits with status 1 and one line on stderr: what is wrong, and what to do."""
     raise SystemExit(f"error: {message}")
 
 
@@ -40,8 +42,7 @@ def clock(seconds):
 def script(main):
     """Runs main() and exits with the status that it returns (None is 0).
 
-    An error of the user's machine or input becomes one line and exit status 1. Any other exception
-    is a bug and keeps its traceback.
+    Errors of the user's machine or input are one line and status 1; bugs keep their traceback.
     """
     # a file name may contain characters that the console cannot display
     for stream in (sys.stdout, sys.stderr):
@@ -64,14 +65,17 @@ def explain(e, settings):
     """One line about an exception in a script with these `settings`; None if it is a bug."""
     if isinstance(e, OSError):
         message = f"{e.filename}: {e.strerror}" if e.filename else str(e)
-        return message + "; free some space and run the same command again" * (e.errno in FULL)
+        if e.errno in FULL:
+            message += "; free some space and run the same command again"
+        return message
     if isinstance(e, ImportError):
-        return f"{e}: install the requirements (pip install -r requirements.txt)"
+        alone = f", or pip install {e.name}" if e.name else ""      # an optional package
+        return f"{e}: pip install -r requirements.txt{alone}"
     if isinstance(e, (ValueError, KeyboardInterrupt)):
         return str(e) or "stopped"
-    # for memory on the CPU PyTorch has no exception class of its own
-    signs = ("out of memory", "not enough memory", "can't allocate memory")
-    if isinstance(e, MemoryError) or any(sign in str(e) for sign in signs):
+    # PyTorch has no exception class for lack of CPU memory
+    phrases = ("out of memory", "not enough memory", "can't allocate memory")
+    if isinstance(e, MemoryError) or any(phrase in str(e) for phrase in phrases):
         keys = [f"--{key}" for key in ("batch_size", "workers") if key in settings]
         return f"out of memory: lower {' or '.join(keys) or 'the length of the audio'}"
     return None
@@ -82,13 +86,19 @@ def documented_keys(path):
     """{key: (default, comment)} of the lower-case literal assignments at the top of a script."""
     with tokenize.open(path) as f:
         source = f.read()
-    tokens = tokenize.generate_tokens(iter(source.splitlines(True)).__next__)
-    comments = {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments, first = {}, 0
+    for token in (t for t in tokens if t.type == tokenize.COMMENT):
+        (row, column), text = token.start, token.string.lstrip("# ")
+        if column and not token.line[:column].strip():      # continues the comment above
+            comments[first] += f" {text}"
+        else:
+            comments[row], first = text, row
     keys = {}
     for node in ast.parse(source).body:
         name = getattr(node.targets[0], "id", "") if isinstance(node, ast.Assign) else ""
         if name.islower():
-            with contextlib.suppress(ValueError):   # computed: not a setting
+            with contextlib.suppress(ValueError):   # a computed value is not a setting
                 keys[name] = ast.literal_eval(node.value), comments.get(node.end_lineno, "")
     return keys
 
@@ -103,16 +113,17 @@ def configure(scope, argv=None, configs=True, more=()):
 
     Precedence, lowest first: defaults in the script, config files in the given order, --key=value.
     rest: the names of the config files; with configs=False all positional arguments. Assignments in
-    the Python files of `more` are keys too, in config only. --help lists all keys.
-    SystemExit with one line for an unknown key or a wrong type.
+    the Python files of `more` are keys too, in config only. Exits for unknown keys or wrong types.
     """
     argv = sys.argv[1:] if argv is None else argv
     own = documented_keys(scope["__file__"])
     keys = dict(own)
     for path in more:
-        keys |= {key: value for key, value in documented_keys(path).items() if key not in keys}
+        keys = {**keys, **documented_keys(path), **keys}    # the first one counts
     if "--help" in argv or "-h" in argv:
-        print(scope["__doc__"].strip() + "\n\nkeys, as --key=value:" * bool(keys))
+        print(scope["__doc__"].strip())
+        if keys:
+            print("\nkeys, as --key=value:")
         for key, (default, comment) in keys.items():
             print(f"{f'  {key} = {default!r}':40}  # {comment}")
         raise SystemExit(0)
@@ -122,47 +133,38 @@ def configure(scope, argv=None, configs=True, more=()):
     if configs:
         for path in rest:
             for key, value in run_config(path).items():
-                _check_known(key, keys, path)
-                config[key] = _typed(key, value, keys[key][0], path)
+                config[key] = _typed(key, value, _default(key, keys, path), path)
         rest = [os.path.splitext(os.path.basename(path))[0] for path in rest]
     for option in [arg for arg in argv if arg.startswith("-")]:
-        key, value = _parse_option(option, keys)
-        config[key] = value
+        key, equals, text = option.removeprefix("--").partition("=")
+        if not option.startswith("--") or not equals:
+            die(f"{option}: options are written --key=value, like --resume=True")
+        default = _default(key, keys, f"--{key}")
+        config[key] = _typed(key, _parse(text, default), default, f"--{key}")
     scope.update({key: config[key] for key in own})
     return config, rest
 
 
 def run_config(path):
     """The assignments of a config file as a dictionary."""
-    if not os.path.isfile(path):
-        hint = "" if path.endswith(".py") else "; options are written --key=value"
-        die(f"no config file {path}{hint}")
     scope = {"__file__": path}
     try:
         with tokenize.open(path) as f:
             exec(compile(f.read(), path, "exec"), scope)
     except Exception as e:  # a config file is arbitrary Python
-        die(f"{path}: {type(e).__name__}: {e}")
+        hint = "" if path.endswith(".py") else " (options are written --key=value)"
+        die(f"config file {path}: {type(e).__name__}: {e}{hint}")
     imported = [k for k, v in scope.items() if isinstance(v, types.ModuleType) or callable(v)]
     return {k: v for k, v in scope.items() if not k.startswith("_") and k not in imported}
 
 
-def _parse_option(option, keys):
-    """(key, value) of --key=value."""
-    key, equals, text = option.removeprefix("--").partition("=")
-    if not option.startswith("--") or not equals:
-        hint = f", like --{key}=True" if type(keys.get(key, [0])[0]) is bool else ""
-        die(f"{option}: options are written --key=value{hint}")
-    _check_known(key, keys, f"--{key}")
-    default = keys[key][0]
-    return key, _typed(key, _parse(text, default), default, f"--{key}")
-
-
-def _check_known(key, keys, where):
+def _default(key, keys, where):
+    """The default of a known key."""
     if key not in keys:
         near = difflib.get_close_matches(key, keys, 1, 0.4)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists all keys"
         die(f"{where}: unknown key {key!r}: {MOVED.get(key, hint)}")
+    return keys[key][0]
 
 
 def _parse(text, default):
@@ -179,7 +181,7 @@ def _parse(text, default):
 
 
 def _typed(key, value, default, where):
-    """value as the type of default if nothing is lost: int to float, 2.0 to 2, tuple to list."""
+    """Converts value to the type of default if that is exact: int to float, tuple to list."""
     kind = type(default)
     if kind is int and type(value) is float and value.is_integer():
         return int(value)
@@ -205,15 +207,16 @@ def at_least(least, **settings):
 def within(low, high, **settings):
     for key, value in settings.items():
         if not low <= value <= high:
-            wanted = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            die(f"{key} must be {wanted}, got {value}")
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            die(f"{key} must be {bounds}, got {value}")
 
 
 def check_numbers(config, *positive):
-    """Dies if a number is not finite, one of `positive` is not above 0, or seed exceeds 32 bits."""
+    """Exits if a number is not finite, one of `positive` not above 0, or seed not 32 bits."""
     for key, value in config.items():
         for number in value if isinstance(value, list) else [value]:
             finite = not isinstance(number, float) or math.isfinite(number)
-            if not finite or key in positive and number <= 0:
-                die(f"{key} must be a finite number{' above 0' * (key in positive)}, got {value}")
+            if not finite or (key in positive and (isinstance(number, str) or number <= 0)):
+                above = " above 0" if key in positive else ""
+                die(f"{key} must be a finite number{above}, got {value}")
     within(0, 2 ** 32 - 1, seed=config.get("seed", 0))

@@ -1,5 +1,5 @@
 # One separator of all four sources as in the paper.
-# Masks are in the authors' order; their separator pools by the average.
+# Masks in the authors' order; their four-source separator uses average pooling.
 data = "data/musdb"
 sources = ["vocals", "other", "drums", "bass"]
 pool = "avg"

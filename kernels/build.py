@@ -6,7 +6,6 @@ import functools
 import hashlib
 import os
 import platform
-import shutil
 import subprocess
 import sys
 
@@ -20,7 +19,7 @@ FLAGS = ["-O3", "-std=c++17", "-march=native", "-fopenmp", "-fno-math-errno", "-
 
 @functools.cache
 def library():
-    """The compiled kernels; None, after a note, where they cannot be compiled."""
+    """The compiled kernels as a ctypes library; prints a note and returns None if that fails."""
     path = library_path()
     try:
         if not is_whole(path):
@@ -28,15 +27,15 @@ def library():
         return ctypes.CDLL(path)
     except (OSError, subprocess.TimeoutExpired) as e:
         reason = " ".join(str(e).split())[:160]
-        print(f"note: the CPU kernels cannot be compiled ({reason}): PyTorch's own functions are "
-              "used, which are slower", file=sys.stderr)
+        print(f"note: the CPU kernels cannot be compiled ({reason}): using PyTorch's own "
+              "functions, which are slower", file=sys.stderr)
         return None
 
 
 def library_path():
-    """The name contains a hash of sources, flags and processor: home folders may be shared."""
-    facts = [*FLAGS, platform.platform(), torch.backends.cpu.get_cpu_capability(), cpu_flags()]
-    digest = hashlib.sha256(" ".join(facts).encode())
+    """A name with a hash of sources, flags and CPU: machines may share a home folder."""
+    options = [*FLAGS, platform.platform(), torch.backends.cpu.get_cpu_capability(), cpu_flags()]
+    digest = hashlib.sha256(" ".join(options).encode())
     for name in [*SOURCES, HEADER]:
         with open(os.path.join(HERE, name), "rb") as f:
             digest.update(f.read())
@@ -54,7 +53,7 @@ def cpu_flags():
 
 
 def is_whole(path):
-    """Whether the library is what was compiled: loading a truncated one would crash Python."""
+    """Whether the library has its checksum: loading a truncated one would crash Python."""
     try:
         with open(path, "rb") as f, open(f"{path}.sha256", encoding="ascii") as expected:
             return hashlib.sha256(f.read()).hexdigest() == expected.read()
@@ -63,25 +62,22 @@ def is_whole(path):
 
 
 def compile_to(path):
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise OSError(f"no C++ compiler {compiler}")
-    print("note: compiling the CPU kernels, once: about 20 seconds", file=sys.stderr)
+    print("note: compiling the CPU kernels (once, about 20 seconds)", file=sys.stderr)
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    made = f"{path}.{os.getpid()}.tmp"
+    partial = f"{path}.{os.getpid()}.tmp"
     sources = [os.path.join(HERE, name) for name in SOURCES]
     try:
-        done = subprocess.run([compiler, *FLAGS, *sources, "-o", made],
+        done = subprocess.run([os.environ.get("CXX", "c++"), *FLAGS, *sources, "-o", partial],
                               capture_output=True, timeout=120)
         if done.returncode:
             raise OSError(done.stderr.decode(errors="replace").strip() or "no compiler output")
-        with open(made, "rb") as f:
+        with open(partial, "rb") as f:
             digest = hashlib.sha256(f.read()).hexdigest()
-        os.replace(made, path)
-        # two processes may compile at once: each renames a whole file, and the last digest counts
-        with open(made, "w", encoding="ascii") as f:
+        os.replace(partial, path)
+        # two processes may compile at once: each rename is atomic, and the last digest counts
+        with open(partial, "w", encoding="ascii") as f:
             f.write(digest)
-        os.replace(made, f"{path}.sha256")
+        os.replace(partial, f"{path}.sha256")
     finally:
-        if os.path.exists(made):
-            os.remove(made)
+        if os.path.exists(partial):
+            os.remove(partial)

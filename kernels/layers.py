@@ -19,7 +19,7 @@ DTYPES = [torch.float32, torch.bfloat16]    # of activations; parameters are flo
 
 
 def supported(x):
-    """Not while a compiler or exporter traces: it cannot see into a C function."""
+    """Whether kernels can run on x; never while tracing, which cannot follow a C function."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
     return x.device.type == "cpu" and x.dtype in DTYPES and x.dim() in (2, 4) and not traced
 
@@ -30,15 +30,15 @@ def to_channels_last(x):
 
 
 def empty(*shape, dtype=torch.float32):
-    """Whatever the default dtype and device of the user's program are."""
+    """An uninitialised CPU tensor, whatever torch's default dtype and device are."""
     layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
     return torch.empty(shape, dtype=dtype, device="cpu", memory_format=layout)
 
 
 def argument(value):
-    """A tensor, None, float or int as the C function takes it."""
-    if isinstance(value, ctypes.c_int):
-        return value
+    """A tensor, None, float, int or one of DTYPES as a ctypes argument; ValueError if another."""
+    if isinstance(value, torch.dtype):
+        return ctypes.c_int(DTYPES.index(value))
     if isinstance(value, float):
         return ctypes.c_float(value)
     if isinstance(value, int):
@@ -50,36 +50,28 @@ def call(name, *arguments):
     getattr(library(), name)(*map(argument, arguments))
 
 
-def half(x):
-    """Whether x is bfloat16, as an int of the C functions."""
-    return ctypes.c_int(DTYPES.index(x.dtype))
-
-
-# -----------------------------------------------------------------------------
-# BatchNorm and LeakyReLU
-
 def norm_apply(x, weight, bias, mean, var, eps, slope):
     """leaky_relu(weight (x - mean) / sqrt(var + eps) + bias), without gradients."""
     y = torch.empty_like(x)
-    call("norm_apply", half(x), x, y, x.numel(), x.shape[1], weight, bias, mean, var, eps, slope)
+    call("norm_apply", x.dtype, x, y, x.numel(), x.shape[1], weight, bias, mean, var, eps, slope)
     return y
 
 
 def norm_measure(x):
     """(mean, biased variance) of a batch, each (C,)."""
     mean, var = empty(x.shape[1]), empty(x.shape[1])
-    call("norm_measure", half(x), x, x.numel(), x.shape[1], mean, var)
+    call("norm_measure", x.dtype, x, x.numel(), x.shape[1], mean, var)
     return mean, var
 
 
 def norm_backward(dy, x, dx, weight, bias, mean, var, eps, slope, sums=None):
     """(dweight, dbias); dx is written unless it is None, and may be dy itself.
 
-    sums: over pixels, as a kernel has already accumulated them, or None.
+    sums: over pixels, if another kernel has accumulated them already, else None.
     """
     dweight, dbias = empty(x.shape[1]), empty(x.shape[1])
-    call("norm_backward", half(x), dy, x, dx, x.numel(), x.shape[1], weight, bias, mean, var, eps,
-         slope, sums, dweight, dbias)
+    call("norm_backward", x.dtype, dy, x, dx, x.numel(), x.shape[1], weight, bias, mean, var,
+         eps, slope, sums, dweight, dbias)
     return dweight, dbias
 
 
@@ -130,12 +122,8 @@ class NormFunction(torch.autograd.Function):
 class Norm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm, with the LeakyReLU of a FusedSequential: slope 1 is none, 0 a ReLU."""
 
-    @classmethod
-    def fits(cls, module):
-        return module.affine and module.track_running_stats
-
     def has_kernel(self, x):
-        """The kernels have no gradient through given statistics."""
+        """Whether a kernel supports x: in eval mode only without gradients."""
         if not supported(x) or self.weight.dtype != torch.float32 or x.numel() <= x.shape[1]:
             return False
         return self.training or not torch.is_grad_enabled()
@@ -185,9 +173,6 @@ class Norm1d(Norm, nn.BatchNorm1d):
 class Norm2d(Norm, nn.BatchNorm2d):
     pass
 
-
-# -----------------------------------------------------------------------------
-# convolutions
 
 class ConvFunction(torch.autograd.Function):
     """Convolution by (C', C, 3, 3): (B, C, T, F) -> (y (B, C', T, F), mean, biased variance).
@@ -275,18 +260,8 @@ def call_conv(name, x, c_out, *arguments):
     call(name, *arguments, images, height, width, c_in, c_out)
 
 
-def is_3x3(conv):
-    return (conv.kernel_size, conv.padding, conv.stride, conv.dilation, conv.groups,
-            conv.padding_mode) == ((3, 3), (1, 1), (1, 1), (1, 1), 1, "zeros") and (
-                conv.bias is not None)
-
-
 class Conv3x3(nn.Conv2d):
     """3x3 convolution, padded by one: (B, C, T, F) -> (B, C', T, F)."""
-
-    @classmethod
-    def fits(cls, module):
-        return is_3x3(module)
 
     def forward(self, x):
         kind = self.kernel_for(x)
@@ -296,7 +271,7 @@ class Conv3x3(nn.Conv2d):
                                   0.0, 0.0)[0]
 
     def kernel_for(self, x):
-        """The kernel that applies and pays: narrow, winograd or None."""
+        """The fastest kernel that supports x: narrow, winograd or None (PyTorch's)."""
         is_float = x.dtype == self.weight.dtype == torch.float32
         if not is_float or torch.is_autocast_enabled("cpu") or not supported(x):
             return None
@@ -311,15 +286,14 @@ class Conv3x3(nn.Conv2d):
 class FusedSequential(nn.Sequential):
     """nn.Sequential that runs [norm, activation, convolution or max pooling] as one kernel."""
 
-    @classmethod
-    def fits(cls, module):
-        return True
-
     def forward(self, x):
         layers, at = list(self), 0
         while at < len(layers):
             layer, *following = layers[at:at + 3]
-            slope = slope_of(following[0]) if following else None
+            activation = following[0] if following else None
+            slope = getattr(activation, "negative_slope", None)
+            if type(activation) is nn.ReLU:
+                slope = 0.0
             if isinstance(layer, Norm) and slope is not None and layer.has_kernel(x):
                 x, used = self.fused(x, layer, slope, following[1] if following[1:] else None)
                 at += used
@@ -336,11 +310,6 @@ class FusedSequential(nn.Sequential):
         return norm.activated(x, slope), 2
 
 
-def slope_of(layer):
-    """The negative slope of a ReLU or LeakyReLU; None for other layers."""
-    return {nn.ReLU: 0.0}.get(type(layer), getattr(layer, "negative_slope", None))
-
-
 class UpFunction(torch.autograd.Function):
     """2x2 transposed convolution with stride 2; its gradients are two matrix products."""
 
@@ -355,7 +324,7 @@ class UpFunction(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         images, c_in, height, width = x.shape
         c_out = dy.shape[1]
-        # gather what comes from one pixel: row and column in a square of four, then channel
+        # one row per input pixel: the 2x2 output pixels it contributes to, then channels
         dy = to_channels_last(dy).permute(0, 2, 3, 1)               # (B, 2T, 2F, C')
         dy = dy.reshape(images, height, 2, width, 2 * c_out).transpose(2, 3)
         dy = dy.reshape(-1, 4 * c_out)                              # (B T F, 4 C')
@@ -370,12 +339,6 @@ class UpFunction(torch.autograd.Function):
 class Up(nn.ConvTranspose2d):
     """2x2 transposed convolution with stride 2: (B, C, T, F) -> (B, C', 2T, 2F)."""
 
-    @classmethod
-    def fits(cls, module):
-        return (module.kernel_size, module.stride, module.padding, module.output_padding,
-                module.dilation, module.groups) == ((2, 2), (2, 2), (0, 0), (0, 0), (1, 1), 1) and (
-                    module.bias is not None)
-
     def forward(self, x):
         if supported(x) and torch.is_grad_enabled():
             return UpFunction.apply(x, self.weight, self.bias)
@@ -383,15 +346,11 @@ class Up(nn.ConvTranspose2d):
 
 
 class PaddedConv(nn.Conv2d):
-    """3x3 convolution with zero channels up to multiples of eight, as GPUs multiply them."""
-
-    @classmethod
-    def fits(cls, module):
-        return is_3x3(module) and (module.in_channels % 8 or module.out_channels % 8)
+    """3x3 convolution with channels zero-padded to multiples of eight, for tensor cores."""
 
     def forward(self, x):
         more_in, more_out = -self.in_channels % 8, -self.out_channels % 8
-        if more_in:     # F.pad would copy x otherwise
+        if more_in:     # even with nothing to pad, F.pad would copy x
             x = F.pad(x, (0, 0, 0, 0, 0, more_in))                  # (B, 8n, T, F)
         weight = F.pad(self.weight, (0, 0, 0, 0, 0, more_in, 0, more_out))
         bias = F.pad(self.bias, (0, more_out))
@@ -399,27 +358,16 @@ class PaddedConv(nn.Conv2d):
         return y[:, :self.out_channels]                             # (B, C', T, F)
 
 
-# -----------------------------------------------------------------------------
-# pooling
-
-def pool_forward(x, size, largest, folded=(None, None), slope=0.0):
+def pool_forward(x, size, is_max, folded=(None, None), slope=0.0):
     """(B, C, T, F) -> (y (B, C, T / t, F / f), argmax in the window as uint8, None for means).
 
     With `folded`, see fold_bn(), the input of the pooling is leaky_relu(a x + b).
     """
     images, channels, height, width = x.shape
     y = empty(images, channels, height // size[0], width // size[1], dtype=x.dtype)
-    argmax = torch.empty_like(y, dtype=torch.uint8) if largest else None
+    argmax = torch.empty_like(y, dtype=torch.uint8) if is_max else None
     call_pool("pool_forward", y, size, x, y, argmax, *folded, slope)
     return y, argmax
-
-
-def pool_backward(dy, argmax, shape, size):
-    """dx of the pooling of an input of that shape."""
-    dx = empty(*shape, dtype=dy.dtype)
-    no_norm = None, None, None, 0.0, None, None
-    call_pool("pool_backward", dy, size, dy, argmax, dx, *no_norm)
-    return dx
 
 
 def pooled_norm_backward(dy, argmax, x, size, weight, bias, mean, var, eps, slope):
@@ -440,33 +388,29 @@ def pooled_norm_backward(dy, argmax, x, size, weight, bias, mean, var, eps, slop
 
 def call_pool(name, small, size, *arguments):
     images, channels, height, width = small.shape
-    call(name, half(small), *arguments, images * height, size[0], width, size[1], channels)
+    call(name, small.dtype, *arguments, images * height, size[0], width, size[1], channels)
 
 
 class PoolFunction(torch.autograd.Function):
     """Saves one byte per output for the gradient, where PyTorch saves the input and eight."""
 
     @staticmethod
-    def forward(ctx, x, size, largest):
+    def forward(ctx, x, size, is_max):
         ctx.shape, ctx.size = x.shape, size
-        y, ctx.argmax = pool_forward(x, size, largest)
+        y, ctx.argmax = pool_forward(x, size, is_max)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        return pool_backward(to_channels_last(dy), ctx.argmax, ctx.shape, ctx.size), None, None
+        dy, dx = to_channels_last(dy), empty(*ctx.shape, dtype=dy.dtype)
+        no_norm = None, None, None, 0.0, None, None
+        call_pool("pool_backward", dy, ctx.size, dy, ctx.argmax, dx, *no_norm)
+        return dx, None, None
 
 
 class Pool(nn.Module):
     """Pooling without overlap: (B, C, T, F) -> (B, C, T / t, F / f)."""
-
-    @classmethod
-    def fits(cls, module):
-        options = {"dilation": 1, "return_indices": False, "divisor_override": None}
-        plain = all(getattr(module, name, value) == value for name, value in options.items())
-        return (plain and module.stride == module.kernel_size and module.padding == 0
-                and not module.ceil_mode)
 
     def size(self):
         size = self.kernel_size

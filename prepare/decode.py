@@ -20,16 +20,13 @@ from common.files import MACHINE
 from prepare.files import open_source
 
 QUIET = 33          # int16: a second whose samples are all below -60 dBFS is silent
-LOUD = 100          # times full scale: samples beyond are not in [-1, 1] by mistake
+LOUD = 100          # times full scale: samples beyond are not meant to be in [-1, 1]
 AHEAD = 4           # results per worker that may wait in memory for an earlier one
 OUT_OF_MEMORY = 77  # exit status of a worker that ran out; the next file gets a new worker
 # one thread per worker; and glibc keeps freed memory instead of requesting it for every file
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1",
                "MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
-
-# -----------------------------------------------------------------------------
-# in a worker process
 
 def start(memory):
     """Sets up a worker: bounded memory (bytes); Ctrl-C is handled by its parent."""
@@ -47,10 +44,10 @@ def decode(sources, rate, seconds):
         record, tracks = decode_tracks(sources, rate)
     except OSError:
         raise
-    except Exception as e:  # a bug of ours or of a library costs this file only
-        # out of memory is a RuntimeError in torch, and one of the last two in its lazy imports
-        if (type(e) is RuntimeError and "memory" in str(e).lower()
-                or isinstance(e, (MemoryError, ImportError, SystemError))):
+    except Exception as e:  # a bug, ours or a library's, costs this file only
+        # lack of memory is a RuntimeError in torch, an ImportError or SystemError in its imports
+        torch_memory = type(e) is RuntimeError and "memory" in str(e).lower()
+        if torch_memory or isinstance(e, (MemoryError, ImportError, SystemError)):
             os._exit(OUT_OF_MEMORY)
         reason = str(e) if isinstance(e, Broken) else f"{type(e).__name__}: {e}"
         record, tracks = {"reason": reason}, None
@@ -66,10 +63,10 @@ def decode_tracks(sources, rate):
     waves, damage, notes = [np.zeros(0, np.float32)] * len(sources), [], []
     files = [k for k, source in enumerate(sources) if isinstance(source, dict)]
     for k in files:
-        waves[k], new = decode_source(sources[k], rate, several=len(sources) > 1)
-        damage += new
+        waves[k], messages = decode_source(sources[k], rate, several=len(sources) > 1)
+        damage += messages
 
-    # tracks are padded to one length; but padding a truncated one would add silence to music
+    # tracks are padded to one length, except truncated ones: there silence would replace music
     length, shortest = max(map(len, waves)), min(len(waves[k]) for k in files)
     if length - shortest > 0.1 * rate:
         differ = f"track lengths differ by up to {(length - shortest) / rate:.1f} s"
@@ -78,14 +75,13 @@ def decode_tracks(sources, rate):
         notes.append(f"{differ}: padded with silence")
     waves = [np.pad(wave, (0, length - len(wave))) for wave in waves]
     if "sum" in sources:
-        waves[sources.index("sum")] = sum(waves)  # its own entry is all zeros
+        waves[sources.index("sum")] = sum(waves)  # all zeros itself so far
 
     tracks = np.stack([to_int16(wave) for wave in waves])                       # (tracks, length)
-    if tracks.max() == 32767 or tracks.min() == -32768:
-        clipped = max(np.count_nonzero(np.abs(wave) > 1) for wave in waves)
-        if clipped > length // 1000:
-            notes.append(f"{100 * clipped / length:.1f} % of its samples exceeded full scale and "
-                         "are clipped")
+    clipped = max(np.count_nonzero(np.abs(wave) > 1) for wave in waves)
+    if clipped > length // 1000:
+        notes.append(f"{100 * clipped / length:.1f} % of its samples exceeded full scale and are "
+                     "clipped")
     return describe(tracks, rate, notes, damage), tracks
 
 
@@ -121,11 +117,8 @@ def describe(tracks, rate, notes=(), damage=()):
             "notes": list(notes), "damage": list(damage)}
 
 
-# -----------------------------------------------------------------------------
-# in the parent process
-
 def decode_all(jobs, rate, workers, seconds, memory):
-    """Yields (job, record, int16 (tracks, length) or None) for (name, sources) jobs, in order.
+    """Yields (name, record, int16 (tracks, length) or None) for (name, sources) jobs, in order.
 
     workers: number of processes. seconds, memory (bytes): limits per item. A record with a reason
     has "again" if another attempt might succeed. OSError for an error of the machine.
@@ -136,45 +129,45 @@ def decode_all(jobs, rate, workers, seconds, memory):
         return job, pool.schedule(decode, (job[1], rate, int(seconds)), timeout=seconds)
 
     jobs = iter(jobs)
-    before = {key: os.environ.get(key) for key in ENVIRONMENT}
+    before = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
     os.environ.update(ENVIRONMENT)  # inherited by the workers
     try:
         waiting = [submit(job) for job in islice(jobs, AHEAD * workers)]
         while waiting:
             job, future = waiting.pop(0)
             waiting.extend(submit(job) for job in islice(jobs, 1))
-            yield job, *outcome(submit, job, future, seconds, memory)
+            yield job[0], *outcome(submit, job, future, seconds, memory)
     finally:
         pool.stop()  # without waiting for files that hang
         pool.join()
         for key in ENVIRONMENT:
             del os.environ[key]
-        os.environ.update({key: value for key, value in before.items() if value is not None})
+        os.environ.update(before)
 
 
 def outcome(submit, job, future, seconds, memory):
     """(record, samples) of a job, or ({"reason", "again"}, None) if its worker died."""
     for pause in (1, 2, None):
+        code = None
         try:
             return future.result()
         except TimeoutError:
             reason = f"took longer than {seconds:g} s to decode (--timeout)"
-            return {"reason": reason, "again": True}, None
         except ProcessExpired as e:
             code = e.exitcode
-        except OSError as e:
-            raise OSError(f"{job[0]} cannot be read: {e.strerror or e} ({e.filename}): fix this "
-                          "and run the same command again, it resumes") from e
-        if code != -signal.SIGKILL:
             name = f"exit status {code}" if code >= 0 else signal.Signals(-code).name
             reason = f"crashes the decoder ({name})"
             if code == OUT_OF_MEMORY:
                 reason = f"needs more than {memory >> 20} MB of memory (--memory)"
+        except OSError as e:
+            problem = f"{e.strerror or e} ({e.filename}): fix this"
+            break
+        if code != -signal.SIGKILL:
             return {"reason": reason, "again": True}, None
 
         # killed from outside: the system is out of memory, usually not for long
+        problem = "killed three times, usually for lack of memory: use fewer --workers"
         if pause:
             time.sleep(pause)
             _, future = submit(job)
-    raise OSError(f"decoding {job[0]} was killed three times, usually for lack of memory: use "
-                  "fewer --workers and run the same command again, it resumes")
+    raise OSError(f"{job[0]} cannot be read: {problem} and run the same command again, it resumes")

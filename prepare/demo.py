@@ -32,7 +32,9 @@ DRUMS = {  # hits on a bar of 16 sixteenths: kick, snare, hat
     "breakbeat": ((0, 3, 10), (4, 7, 9, 12, 15), (0, 2, 4, 6, 8, 10, 12, 13, 14, 15)),
     "no drums": ((), (), ()),
 }
-BASSES = ("held bass", "octave bass", "walking bass")
+BASSES = {  # a note every so many sixteenths, its length in sixteenths, attack and decay in s
+    "held bass": (16, 15.5, 0.02, 3.0), "octave bass": (2, 1.8, 0.005, 0.3),
+    "walking bass": (4, 3.6, 0.01, 0.5)}
 FIGURES = ("pad", "arpeggio", "stabs")
 GENRES = {"house": ("four on the floor", "octave bass"), "rock": ("backbeat", "held bass"),
           "jungle": ("breakbeat", "walking bass"), "ambient": ("no drums", "held bass")}
@@ -43,21 +45,18 @@ VOWELS = (  # formants in Hz, Peterson & Barney 1952
 TABLE = 2048            # samples of one period
 
 
-# -----------------------------------------------------------------------------
-# two prepared folders
-
 def listing(seed, songs, song_seconds, clips, clip_seconds):
     """The listings of demo_songs and demo_clips."""
     if len(songs) != 3 or len(clips) != 3 or min(*songs, *clips, song_seconds, clip_seconds) < 1:
         raise ValueError("songs and clips must be three positive numbers each, for train, valid "
                          "and test, and the lengths positive")
-    return [folder_listing("stems", "demo_songs", seed, songs, song_seconds),
-            folder_listing("clips", "demo_clips", seed, clips, clip_seconds)]
+    return [folder_listing("stems", "song", seed, songs, song_seconds),
+            folder_listing("clips", "clip", seed, clips, clip_seconds)]
 
 
-def folder_listing(kind, name, seed, counts, seconds):
+def folder_listing(kind, unit, seed, counts, seconds):
     splits = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
-    items = [{"name": f"{name[5:-1]} {i}", "split": split} for i, split in enumerate(splits)]
+    items = [{"name": f"{unit} {i}", "split": split} for i, split in enumerate(splits)]
     classes = None
     if kind == "clips":
         classes = {"tags": list(TAGS), "genre": list(GENRES)}
@@ -67,7 +66,7 @@ def folder_listing(kind, name, seed, counts, seconds):
             item["tags"] = sorted(TAGS.index(tag) for tag in labels(song))
     return Listing("synthetic music", f"synthetic {kind} of {seconds} s, seed {seed}", kind, items,
                    {item["name"]: [i] for i, item in enumerate(items)}, classes=classes,
-                   count=list(counts), name=name,
+                   count=list(counts), name=f"demo_{unit}s",
                    make=functools.partial(make, kind, seed, seconds))
 
 
@@ -86,9 +85,6 @@ def make(kind, seed, seconds, source):
     return describe(samples, SAMPLE_RATE), samples
 
 
-# -----------------------------------------------------------------------------
-# a song's parameters and labels
-
 def sketch(rng, full=False):
     """The random parameters of a song as a dictionary. full: all four sources play."""
     genre = list(GENRES)[rng.integers(len(GENRES))]
@@ -96,7 +92,7 @@ def sketch(rng, full=False):
     if rng.random() < 0.15:  # exceptions from the genre
         drums = list(DRUMS)[rng.integers(len(DRUMS))]
     if rng.random() < 0.15:
-        bass = BASSES[rng.integers(len(BASSES))]
+        bass = list(BASSES)[rng.integers(len(BASSES))]
     minor = bool(rng.random() < 0.5)
     if full and drums == "no drums":
         drums = list(DRUMS)[rng.integers(3)]
@@ -115,19 +111,11 @@ def labels(song):
     voice = song["voice"]
     levels = 20 * np.log10(song["gains"])           # dB of drums, bass, other, vocals: -10 to 0
     applies = {
-        song["figure"]: True, song["genre"]: True, voice: True,
-        "drums": song["drums"] != "no drums",
-        "voice": voice is not None,
-        "voice in front": voice is not None and levels.argmax() == 3,
-        "no voice": voice is None,
-        "fast": song["bpm"] > 120,
-        "loud": levels.mean() > -5,
-        "minor key": song["minor"]}
+        song["figure"]: True, song["genre"]: True, voice or "no voice": True, "voice": voice,
+        "voice in front": voice and levels.argmax() == 3, "drums": song["drums"] != "no drums",
+        "fast": song["bpm"] > 120, "loud": levels.mean() > -5, "minor key": song["minor"]}
     return [tag for tag in TAGS if applies.get(tag)]
 
-
-# -----------------------------------------------------------------------------
-# notes
 
 def hertz(song, degree, low):
     """Frequency of a scale degree; 0 is the root, the first one at or above MIDI note `low`."""
@@ -167,17 +155,10 @@ def add_note(out, start, seconds, table, frequency, attack, decay, gain=1.0, vib
 
 
 def steps(song, n):
-    """(number, first sample) of each sixteenth of n samples."""
+    """(number, first sample, root of the chord) of each sixteenth of n samples."""
     length = 60 / song["bpm"] / 4 * SAMPLE_RATE
-    return [(k, int(k * length)) for k in range(int(n / length))]
+    return [(k, int(k * length), song["chords"][k // 16 % 4]) for k in range(int(n / length))]
 
-
-def chord_at(song, step):
-    return song["chords"][step // 16 % 4]
-
-
-# -----------------------------------------------------------------------------
-# the four sources: each (n,) float
 
 def drums(song, n, rng):
     out = np.zeros(n)
@@ -190,7 +171,7 @@ def drums(song, n, rng):
     snare = body + 0.35 * noise[0] * np.exp(-t / rng.uniform(0.04, 0.09))
     hiss = 0.25 * np.diff(noise[1], 2, prepend=[0, 0])
     hat = hiss * np.exp(-t / rng.uniform(0.01, 0.04)) * 0.5
-    for k, at in steps(song, n):
+    for k, at, _ in steps(song, n):
         for hit, places in zip((kick, snare, hat), DRUMS[song["drums"]], strict=True):
             if k % 16 in places:
                 count = min(len(hit), n - at)
@@ -204,16 +185,13 @@ def bass(song, n, rng):
     falling = harmonics ** -rng.uniform(1.0, 2.2)
     table = wavetable(falling * np.where(harmonics % 2 == 0, rng.choice([0.1, 1.0]), 1.0))
     walk = rng.integers(0, 5, 64)
-    for k, at in steps(song, n):
-        degree = chord_at(song, k)
-        if song["bass"] == "held bass" and k % 16 == 0:
-            add_note(out, at, 15.5 * sixteenth, table, hertz(song, degree, 28), 0.02, 3.0)
-        elif song["bass"] == "octave bass" and k % 2 == 0:
+    every, length, attack, decay = BASSES[song["bass"]]
+    for k, at, degree in steps(song, n)[::every]:
+        if song["bass"] == "octave bass":
             degree += 7 * (k // 2 % 2)
-            add_note(out, at, 1.8 * sixteenth, table, hertz(song, degree, 28), 0.005, 0.3)
-        elif song["bass"] == "walking bass" and k % 4 == 0:
+        elif song["bass"] == "walking bass":
             degree += int(walk[k // 4 % 64])
-            add_note(out, at, 3.6 * sixteenth, table, hertz(song, degree, 28), 0.01, 0.5)
+        add_note(out, at, length * sixteenth, table, hertz(song, degree, 28), attack, decay)
     return 0.45 * out
 
 
@@ -222,19 +200,16 @@ def other(song, n, rng):
     table = wavetable(np.arange(1, 17) ** -rng.uniform(0.8, 2.0) * rng.uniform(0.2, 1, 16))
     low, detune = int(rng.integers(45, 58)), rng.uniform(1.002, 1.006)
     pattern = rng.integers(0, 4, 16)
-    for k, at in steps(song, n):
-        chord = [chord_at(song, k) + d for d in (0, 2, 4, 7)]
+    for k, at, root in steps(song, n):
+        chord = [hertz(song, root + degree, low) for degree in (0, 2, 4, 7)]    # Hz
         if song["figure"] == "pad" and k % 16 == 0:
-            for degree in chord[:3]:
+            for note in chord[:3]:
                 for off in (1, detune):
-                    note = off * hertz(song, degree, low)
-                    add_note(out, at, 16 * sixteenth, table, note, 0.15, 4.0, 0.5)
+                    add_note(out, at, 16 * sixteenth, table, off * note, 0.15, 4.0, 0.5)
         elif song["figure"] == "arpeggio":
-            note = hertz(song, chord[pattern[k % 16]], low)
-            add_note(out, at, 3 * sixteenth, table, note, 0.004, 0.15, 1.2)
+            add_note(out, at, 3 * sixteenth, table, chord[pattern[k % 16]], 0.004, 0.15, 1.2)
         elif song["figure"] == "stabs" and k % 8 in (3, 6):
-            for degree in chord[:3]:
-                note = hertz(song, degree, low)
+            for note in chord[:3]:
                 add_note(out, at, 1.2 * sixteenth, table, note, 0.004, 0.2, 0.9)
     return 0.3 * out
 
@@ -243,12 +218,10 @@ def vocals(song, n, rng):
     out, sixteenth = np.zeros(n), 60 / song["bpm"] / 4
     if song["voice"] is None:
         return out
-    if song["voice"] == "low voice":
-        low, size = 45, rng.uniform(0.85, 1.0)
-    else:
-        low, size = 58, rng.uniform(1.05, 1.25)
+    low, *sizes = (45, 0.85, 1.0) if song["voice"] == "low voice" else (58, 1.05, 1.25)
+    size = rng.uniform(*sizes)      # relative formant frequencies
     degree, free_at = int(rng.integers(0, 8)), 0
-    for k, at in steps(song, n):
+    for k, at, _ in steps(song, n):
         if k < free_at or rng.random() < 0.25:
             continue
         length = int(rng.choice([2, 3, 4, 6]))
@@ -259,9 +232,8 @@ def vocals(song, n, rng):
         # a vowel: harmonics near its formants are loud
         partials = frequency * np.arange(1, max(2, int(5000 / frequency)))      # Hz
         formants = size * np.array(VOWELS[rng.integers(5)])
-        gains = 0.0
-        for formant, gain in zip(formants, (1, 0.6, 0.3), strict=True):
-            gains = gains + gain / (1 + ((partials - formant) / 90) ** 2)
+        gains = sum(gain / (1 + ((partials - formant) / 90) ** 2)
+                    for formant, gain in zip(formants, (1, 0.6, 0.3), strict=True))
         consonant = min(int(0.05 * SAMPLE_RATE), n - at)
         if rng.random() < 0.5:
             hiss = np.diff(rng.standard_normal(consonant), prepend=0)
@@ -273,9 +245,8 @@ def vocals(song, n, rng):
 
 def render(song, n, rng):
     """{track: (n,) float}: four stems and the mixture, their sum, whose peak is at most 0.9."""
-    stems = {}
-    for source, gain in zip((drums, bass, other, vocals), song["gains"], strict=True):
-        stems[source.__name__] = gain * source(song, n, rng)
+    sources = zip((drums, bass, other, vocals), song["gains"], strict=True)
+    stems = {source.__name__: gain * source(song, n, rng) for source, gain in sources}
     peaks = [np.abs(stem).max() for stem in stems.values()]
     scale = 0.9 / max(0.9, np.abs(sum(stems.values())).max(), *peaks)
     stems = {name: scale * stem for name, stem in stems.items()}

@@ -7,11 +7,13 @@ without unpacking them. "stream" selects one of several audio streams.
 import csv
 import functools
 import io
+import lzma
 import os
 import re
 import struct
 import unicodedata
 import zipfile
+import zlib
 from itertools import accumulate
 
 from audio.files import Broken
@@ -19,19 +21,18 @@ from audio.files import Broken
 AUDIO = {".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2", ".aif", ".aiff", ".aifc", ".au",
          ".snd", ".caf", ".w64", ".rf64", ".bw64", ".bwf", ".m4a", ".m4b", ".mp4", ".aac", ".ac3",
          ".wma", ".webm", ".mka", ".mkv", ".mov", ".wv", ".ape", ".tta", ".amr", ".3gp"}
+# zipfile's and its decompressors'; NotImplementedError is a RuntimeError
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, struct.error)
 
 
 def nfc(text):
-    """Composed Unicode: two systems may spell the same file name differently."""
+    """Composed Unicode (NFC): systems differ in how they encode accents in file names."""
     return unicodedata.normalize("NFC", text)
 
 
 def is_audio(name):
     return os.path.splitext(name)[1].lower() in AUDIO
 
-
-# -----------------------------------------------------------------------------
-# zip archives
 
 class Parts(io.RawIOBase):
     """The parts of a split archive as one readable file."""
@@ -61,9 +62,8 @@ class Parts(io.RawIOBase):
 
 @functools.lru_cache(4)
 def open_zip(paths):
-    """A zip file in one or several parts. zipfile.BadZipFile if it is not one."""
-    whole = len(paths) == 1
-    return zipfile.ZipFile(paths[0] if whole else io.BufferedReader(Parts(paths), 1 << 20))
+    """A zip file in one or several parts. One of ZIP_ERRORS if it is not one."""
+    return zipfile.ZipFile(io.BufferedReader(Parts(paths), 1 << 20))
 
 
 def open_source(source):
@@ -72,43 +72,39 @@ def open_source(source):
         return open(source["file"], "rb")
     try:
         return io.BytesIO(open_zip(tuple(source["zip"])).read(source["file"]))
-    except MemoryError:
-        raise
-    except Exception as e:  # zipfile and its decompressors have no common exception class
+    except ZIP_ERRORS as e:
         raise Broken(f"cannot be extracted from its archive ({e})") from e
 
 
 def stamp(source):
-    """[size, mtime in ns] of a file; of an archive member [size, "crc", checksum].
+    """[size, mtime in ns] of a file, [] for a dangling link, None for a source that is no file.
 
-    None if the file does not exist, as for a dangling link.
+    [size, "crc", checksum] of an archive member.
     """
+    if not isinstance(source, dict):
+        return None
     if "zip" in source:
         member = open_zip(tuple(source["zip"])).getinfo(source["file"])
         return [member.file_size, "crc", member.CRC]
     try:
         status = os.stat(source["file"])
     except OSError:
-        return None
+        return []
     return [status.st_size, status.st_mtime_ns]
 
-
-# -----------------------------------------------------------------------------
-# folders
 
 def walk(root):
     """The files under a folder, sorted.
 
-    Links to folders are followed last, and only to files not seen yet: a link from one class to
-    another must not take its files away.
+    Links to folders are followed last, and only to folders not visited yet: a file belongs to the
+    class it is stored in, not to one that links to it.
     """
-    def stop(e):
-        raise ValueError(f"folder {e.filename} cannot be read ({e.strerror}): make it readable, or "
-                         "move it away")
+    def refuse(e):
+        raise e     # it names the folder
 
     visited, starts = set(), [root]
     for start in starts:
-        for base, folders, names in os.walk(start, onerror=stop):
+        for base, folders, names in os.walk(start, onerror=refuse):
             if os.path.realpath(base) in visited:
                 print(f"skipped {base}: a link to files that are listed already")
                 folders.clear()
@@ -148,15 +144,12 @@ def inventory(root, skip=()):
 
 def members(archive, paths):
     """The names of the files in an archive. ValueError if a part of it is missing or damaged."""
-    names, problem = [], ""
-    if archive in paths and len(paths) > 1:
-        problem = "an archive beside its own parts: move one or the other away"
-    elif paths not in ([archive], [f"{archive}.{k + 1:03d}" for k in range(len(paths))]):
-        problem = "a part is missing, or there is one too many"
-    else:
+    names = []
+    problem = "a part is missing, or an archive is beside its own parts: keep one complete copy"
+    if paths in ([archive], [f"{archive}.{k + 1:03d}" for k in range(len(paths))]):
         try:
-            names = open_zip(tuple(paths)).namelist()
-        except (zipfile.BadZipFile, NotImplementedError, struct.error) as e:
+            names, problem = open_zip(tuple(paths)).namelist(), ""
+        except ZIP_ERRORS as e:
             problem = f"not a complete zip archive ({e})"
     if problem:
         raise ValueError(f"{archive} ({', '.join(map(os.path.basename, paths))}): {problem}")
@@ -165,10 +158,7 @@ def members(archive, paths):
 
 
 def contents(files, name, needed=True):
-    """The bytes of the first file with this base name.
-
-    Without such a file: ValueError if it is needed, else None.
-    """
+    """The bytes of the first file with this base name; if it is not needed, None without one."""
     for file, source in files.items():
         if file.split("/")[-1] == name:
             with open_source(source) as f:
@@ -187,15 +177,14 @@ def table(raw, delimiter=",", name=""):
     csv.field_size_limit(1 << 24)  # FMA's biographies are long
     width, rows = 0, None
     try:
-        rows = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""), delimiter=delimiter,
-                          strict=True)
+        text = io.StringIO(raw.decode("utf-8-sig"), newline="")
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
         for row in rows:
-            if not any(cell.strip() for cell in row):
-                continue
-            width = width or len(row)
-            if len(row) != width:
-                raise csv.Error(f"{len(row)} cells instead of {width}")
-            yield rows.line_num, row
+            if any(cell.strip() for cell in row):
+                width = width or len(row)
+                if len(row) != width:
+                    raise csv.Error(f"{len(row)} cells instead of {width}")
+                yield rows.line_num, row
     except (UnicodeDecodeError, csv.Error) as e:
         where = f"line {rows.line_num}: " if rows else "not UTF-8: "
         raise ValueError(f"{name}{where}{e}: is the file complete?") from e
@@ -206,20 +195,18 @@ def by_name(files, name_of, items):
 
     An unpacked copy takes precedence over a packed one. ValueError if their sizes differ.
     """
-    found, wanted = {}, {item["name"] for item in items}
+    sources, names = {}, {item["name"] for item in items}
     for file, source in files.items():
         name = name_of(file)
-        if name in wanted and is_audio(file):
-            check_copies(name, found.setdefault(name, source), source)
-    return {name: [source] for name, source in found.items()}
+        if name in names and is_audio(file):
+            check_copies(name, sources.setdefault(name, [source])[0], source)
+    return sources
 
 
 def check_copies(name, first, second):
     """ValueError if two copies of one file differ in size: one is truncated."""
-    def place(source):
-        return source["file"] + (f" in {source['zip'][0]}" if "zip" in source else "")
-
     same_kind = os.path.splitext(first["file"])[1] == os.path.splitext(second["file"])[1]
-    if same_kind and (stamp(first) or [0])[0] != (stamp(second) or [0])[0]:
-        raise ValueError(f"{name} has two copies of different size, {place(first)} and "
-                         f"{place(second)}: move the wrong one out of --path")
+    if same_kind and stamp(first)[:1] != stamp(second)[:1]:
+        places = [" in ".join([s["file"], *s.get("zip", [])[:1]]) for s in (first, second)]
+        raise ValueError(f"{name} has two copies of different size, {' and '.join(places)}: move "
+                         "the truncated one out of --path")

@@ -62,11 +62,9 @@ def labels(tracks, subset):
                              "file unedited?")
         if wanted:
             chosen.append((f"{int(row[0]):06d}", row))
-    chosen.sort()
-    present = {row[genre] for _, row in chosen}
-    genres = [name for name in GENRES if name in present]
+    genres = [name for name in GENRES if any(row[genre] == name for _, row in chosen)]
     items, left_out = [], []
-    for number, row in chosen:
+    for number, row in sorted(chosen):
         name = f"{number}.mp3"
         if number in UNUSABLE:
             left_out.append({"name": name, "reason": "is known to be unusable"})

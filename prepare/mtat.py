@@ -23,14 +23,15 @@ ARCHIVES = {
     "mp3.zip.003": "83a689824c17e82f6eb81cdbc4e4ca239a4cfc1fb41f1a5c80b861caec90450f"}
 
 COUNTS = {"clean": 21105, "full": 25860}    # clips of the published table, by protocol
-EMPTY = {"35644", "55753", "57881"}         # files of 0 bytes in the distribution
-UNLISTED = {"29", "11268", "11269"}         # have top-50 tags, but are not in the clean split
+EMPTY = dict.fromkeys(("35644", "55753", "57881"), "is empty in the distribution")
+UNLISTED = dict.fromkeys(("29", "11268", "11269"), "is not in the published clean split")
 FOLDERS = {**dict.fromkeys("0123456789ab", "train"), "c": "valid", **dict.fromkeys("def", "test")}
 
 
 def downloads():
-    return "mtat", *([(BASE + name, f"sha256:{digest}") for name, digest in files.items()]
-                     for files in (TABLES, ARCHIVES))
+    tables, archives = ([(BASE + name, f"sha256:{digest}") for name, digest in files.items()]
+                        for files in (TABLES, ARCHIVES))
+    return "mtat", tables, archives
 
 
 def listing(files, protocol="clean"):
@@ -49,29 +50,23 @@ def listing(files, protocol="clean"):
 
 def labels(annotations, clip_info, protocol):
     """(tag names, items, left_out) from the two tables; the second may be None."""
-    tags, rows, cells = read_annotations(annotations)
+    tags, clips = read_annotations(annotations)
     titles = read_titles(clip_info) if clip_info else {}
+    reasons = EMPTY | UNLISTED if protocol == "clean" else EMPTY
     items, left_out = [], []
-    order = sorted(range(len(rows)), key=lambda i: rows[i][-1].removesuffix(".mp3"))
-    for i in order:
-        clip, name = rows[i][0], rows[i][-1]
-        if protocol == "clean" and not cells[i].any():
+    for clip, name, numbers in clips:
+        if protocol == "clean" and not numbers:
             continue
-        if clip in EMPTY:
-            left_out.append({"name": name, "reason": "is empty in the distribution"})
-        elif protocol == "clean" and clip in UNLISTED:
-            left_out.append({"name": name, "reason": "is not in the published clean split"})
+        if clip in reasons:
+            left_out.append({"name": name, "reason": reasons[clip]})
         else:
-            item = {"name": name, "split": FOLDERS[name[0]],
-                    "tags": np.flatnonzero(cells[i]).tolist()}
-            if clip in titles:
-                item["title"] = titles[clip]
-            items.append(item)
+            title = {"title": titles[clip]} if clip in titles else {}
+            items.append({"name": name, "split": FOLDERS[name[0]], "tags": numbers, **title})
     return tags, items, left_out
 
 
 def read_annotations(raw):
-    """(names of the 50 most frequent tags, rows of cells, (clips, 50) bool: has this tag)."""
+    """(names of the 50 most frequent tags, [(clip, name, tag numbers)] sorted by name)."""
     rows = [row for _, row in table(raw, "\t", "annotations_final.csv: ")]
     header = rows.pop(0) if rows else []
     if not rows or header[0] != "clip_id" or header[-1] != "mp3_path" or len(header) < 52:
@@ -82,9 +77,12 @@ def read_annotations(raw):
         if not path_fits or not set(row[1:-1]) <= {"0", "1"}:
             raise ValueError(f"annotations_final.csv: clip {row[0]} must have a path like "
                              "a/name.mp3 and tags of 0 or 1: is the file unedited?")
+    rows.sort(key=lambda row: row[-1].removesuffix(".mp3"))
     cells = np.array([row[1:-1] for row in rows]) == "1"                # (clips, tags)
     top = np.argsort(-cells.sum(0), kind="stable")[:50]                 # ties: order of the file
-    return [header[1 + i] for i in top], rows, cells[:, top]            # (clips, 50)
+    clips = [(row[0], row[-1], np.flatnonzero(present).tolist())
+             for row, present in zip(rows, cells[:, top], strict=True)]
+    return [header[1 + i] for i in top], clips
 
 
 def read_titles(raw):

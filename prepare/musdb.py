@@ -20,7 +20,6 @@ COMPRESSED = [("https://zenodo.org/records/1117372/files/musdb18.zip",
                "md5:af06762477334799bfc5abf237648207")]
 WAV = [("https://zenodo.org/record/3338373/files/musdb18hq.zip",
         "sha256:baac80d0483c61d74b2e5f3be75fa557eec52898339e6aa45c1fa48833c5d21d")]
-STREAMS = 5         # of a .stem.mp4, in the order of TRACKS
 
 
 def setup():
@@ -38,13 +37,16 @@ def downloads(hq=False, download=False):
 
 
 def listing(files, download=False):
-    """86 / 14 / 50 songs: train/ without the validation songs, these, and test/."""
+    """86 / 14 / 50 songs: the validation songs are taken from train/."""
     wav = {name: source for name, source in files.items()
            if name.lower().endswith(".wav") and split_of_folder(os.path.dirname(name))}
     songs, left_out = song_sources(wav, whole=True)
     title = "MUSDB18-HQ"
     if not songs:
-        songs, title, left_out = stem_files(files), "MUSDB18", []
+        title, left_out = "MUSDB18", []
+        for name, source in files.items():
+            if name.lower().endswith(".stem.mp4"):      # has five streams, in the order of TRACKS
+                songs[name[:-len(".stem.mp4")]] = [{**source, "stream": k} for k in range(5)]
     if download:
         title = "MUSDB18, previews of 7 seconds"
     songs = unpacked_first(songs)
@@ -62,23 +64,10 @@ def listing(files, download=False):
                    count=144 if download else [86, 14, 50])
 
 
-def stem_files(files):
-    """{song: [source of each track]} of .stem.mp4 files."""
-    found = {}
-    for name, source in files.items():
-        if name.lower().endswith(".stem.mp4"):
-            song = name[:-len(".stem.mp4")]
-            found[song] = [{**source, "stream": k} for k in range(STREAMS)]
-    return found
-
-
 def unpacked_first(songs):
-    """Songs in train/ or test/; of two copies of a song the unpacked one."""
-    def packed(song):
-        return any("zip" in source for source in songs[song])
-
+    """The songs in train/ or test/; the unpacked copy if there is a packed one as well."""
     copies = {}
-    for song in sorted(songs, key=packed):
+    for song in sorted(songs, key=lambda song: any("zip" in source for source in songs[song])):
         split = split_of_folder(song)
         if split:
             first = copies.setdefault((split, song.split("/")[-1]), song)

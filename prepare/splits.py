@@ -11,17 +11,12 @@ SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing":
 
 def split_of_folder(path):
     """The split that a parent folder names, as in "train/Artist - Title", or None."""
-    for part in path.split("/")[:-1]:
-        if part.lower() in SPLIT_NAMES:
-            return SPLIT_NAMES[part.lower()]
-    return None
+    parents = [part.lower() for part in path.split("/")[:-1]]
+    return next((SPLIT_NAMES[part] for part in parents if part in SPLIT_NAMES), None)
 
 
 def divide(items, task, shares, seed):
-    """Assigns a split to items without one, stratified by the classes of `task` if they have it.
-
-    Groups are not divided.
-    """
+    """Assigns a split to items without one, stratified by the classes of `task` if they have it."""
     free = [item for item in items if not item["split"]]
     labels = [item.get(task, []) for item in free]
     groups = [item.get("group", item["name"]) for item in free]
@@ -41,25 +36,28 @@ def split_evenly(labels, groups, shares, seed):
     lack about as much, to one with space for the group, and among these to the emptiest.
     """
     names, counts, sizes = count_groups(labels, groups, seed)
-    shares = np.array(shares) / sum(shares)
-    wanted_splits = np.flatnonzero(shares)
+    shares = np.array(shares) / sum(shares)                                 # (splits,)
     wanted = shares[:, None] * counts.sum(0)                                # (splits, classes)
     space = shares * sizes.sum()                                            # (splits,)
     totals, left = counts.sum(0), np.ones(len(names), bool)                 # (classes,), (groups,)
     chosen = np.zeros(len(names), int)                                      # (groups,)
     while left.any():
+        amount, lack = sizes, space     # if the remaining groups have no class
         if totals.any():
             rarest = np.argmin(np.where(totals > 0, totals, np.iinfo(int).max))
             amount, lack = counts[:, rarest], wanted[:, rarest]
-        else:
-            amount, lack = sizes, space     # the remaining groups have no class
         for i in sorted(np.flatnonzero(left & (amount > 0)), key=lambda i: -sizes[i]):
-            chosen[i] = neediest(lack, amount[i], sizes[i], space, shares, wanted_splits)
+            chosen[i] = neediest(lack, amount[i], sizes[i], space, shares)
             wanted[chosen[i]] -= counts[i]
             space[chosen[i]] -= sizes[i]
             totals -= counts[i]
             left[i] = False
-    fill_empty(chosen, sizes, wanted_splits)
+
+    # an empty split gets the smallest group of the split with most groups
+    for split in np.flatnonzero(shares):
+        largest = np.bincount(chosen).argmax()
+        if not (chosen == split).any() and (chosen == largest).sum() > 1:
+            chosen[np.argmin(np.where(chosen == largest, sizes, sizes.sum() + 1))] = split
     number = {name: i for i, name in enumerate(names)}
     return [SPLITS[chosen[number[group]]] for group in groups]
 
@@ -79,18 +77,9 @@ def count_groups(labels, groups, seed):
     return names, counts, np.array([len(members[name]) for name in names])
 
 
-def neediest(lack, amount, size, space, shares, splits):
+def neediest(lack, amount, size, space, shares):
     """The split for a group of `size` items, `amount` of them of the class."""
-    enough = max(lack[splits]) - amount / 2
-    candidates = [split for split in splits if lack[split] >= enough]
+    splits = np.flatnonzero(shares)
+    candidates = splits[lack[splits] >= max(lack[splits]) - amount / 2]
     return max(candidates, key=lambda split: (
         space[split] >= size, round(space[split] / shares[split], 9), shares[split]))
-
-
-def fill_empty(chosen, sizes, splits):
-    """Moves to each empty split the smallest group of the split with most groups."""
-    for split in splits:
-        largest = np.bincount(chosen).argmax()
-        if not (chosen == split).any() and (chosen == largest).sum() > 1:
-            groups = np.flatnonzero(chosen == largest)
-            chosen[groups[np.argmin(sizes[groups])]] = split

@@ -12,19 +12,20 @@ from prepare.store import Listing
 
 
 def listing(files, path=""):
-    """Every folder with stems, in any audio format, is a song. Folders train/, valid/, test/ above
-    it determine the split. A missing stem is silence, a missing mixture the sum of the stems.
+    """Every folder with stems, in any audio format, is a song.
+
+    A parent folder train/, valid/ or test/ is the split. A missing stem is silence, a missing
+    mixture the sum of the stems.
     """
     songs, left_out = song_sources(files, whole=False)
     if not songs:
-        such = f": {left_out[0]['name']} {left_out[0]['reason']}" if left_out else ""
+        example = f": {left_out[0]['name']} {left_out[0]['reason']}" if left_out else ""
         raise ValueError(f"no folders with vocals.wav, drums.wav, bass.wav or other.wav under "
-                         f"{path}{such}")
-    splits = [split_of_folder(song) for song in songs]
-    if None in splits and any(splits):
-        odd = list(songs)[splits.index(None)]
-        raise ValueError(f"some songs are in train/, valid/ or test/, but {odd} is not")
-    items = [{"name": song, "split": split} for song, split in zip(songs, splits, strict=True)]
+                         f"{path}{example}")
+    items = [{"name": song, "split": split_of_folder(song)} for song in songs]
+    outside = [item["name"] for item in items if not item["split"]]
+    if 0 < len(outside) < len(items):
+        raise ValueError(f"some songs are in train/, valid/ or test/, but {outside[0]} is not")
     return Listing(f"songs of {path}", f"songs of {os.path.abspath(path)}", "stems", items, songs,
                    left_out, published=False)
 
@@ -35,21 +36,21 @@ def song_sources(files, whole):
     Unless songs must be `whole`, a missing mixture is the sum, and a missing stem is silence if no
     other file of the folder could be that stem.
     """
-    songs = {}
+    folders = {}
     for name in sorted(filter(is_audio, files)):
-        song, _, file = name.rpartition("/")
-        if song:
+        folder, _, file = name.rpartition("/")
+        if folder:
             track = file.rpartition(".")[0].lower()
-            songs.setdefault(song, {}).setdefault(track, []).append(name)
-    found, left_out = {}, []
-    for song, tracks in sorted(songs.items()):
+            folders.setdefault(folder, {}).setdefault(track, []).append(name)
+    songs, left_out = {}, []
+    for song, tracks in sorted(folders.items()):
         problem = problem_of(tracks, whole)
         if problem:
             left_out.append({"name": song, "reason": problem, "expected": False})
-            continue
-        missing = {"mixture": "sum"}  # else None: silence
-        found[song] = [files[tracks[t][0]] if t in tracks else missing.get(t) for t in TRACKS]
-    return found, left_out
+        else:
+            sources = {track: files[names[0]] for track, names in tracks.items()}
+            songs[song] = [sources.get("mixture", "sum"), *map(sources.get, TRACKS[1:])]
+    return songs, left_out
 
 
 def problem_of(tracks, whole):

@@ -6,14 +6,15 @@ A prepared folder: append-only audio, a journal of what is in it, and an index.
                     its samples are, or why there are none
     index.json      the dataset's splits and labels joined with the journal, rewritten by every run
 
-So splits and labels can change without decoding again, and a kill costs what one second decoded:
-samples are on the disk before the journal mentions them. data.py describes the index.
+So splits and labels can change without decoding again, and a killed run loses at most one second
+of work: samples are on the disk before the journal mentions them. data.py describes the index.
 """
 import contextlib
 import errno
 import json
 import os
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 from common.files import UNWRITABLE, lock, write_atomically
@@ -23,7 +24,7 @@ from model import SAMPLE_RATE
 from prepare.files import stamp
 from prepare.splits import divide
 
-SYNC_EVERY = 1.0            # seconds of work that a kill can cost
+SYNC_EVERY = 1.0            # seconds of work that a killed run can lose
 SILENT = 3                  # int16: an item whose samples are all below -81 dBFS is silent
 
 
@@ -37,13 +38,10 @@ class Listing(NamedTuple):
     left_out: list = ()     # [{"name", "reason"}] that the dataset's protocol leaves out
     classes: dict = None    # {task: [names]} of clips
     count: int | list = None    # expected number of items, in total or per split
-    published: bool = True  # a public benchmark: silent items are kept
+    published: bool = True  # a public benchmark, of which silent items are kept
     name: str = ""          # of the folder, if not the dataset's
     make: object = None     # function that makes the audio of synthetic items
 
-
-# -----------------------------------------------------------------------------
-# the folder
 
 def locked(folder):
     """Exclusive lock on a folder. The lock file is next to it."""
@@ -59,38 +57,25 @@ def locked(folder):
 
 
 def claim(folder, source_id, overwrite):
-    """Dies unless the folder is new or has audio of this source; `overwrite` empties it."""
-    exists = os.path.exists(folder)
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    header = read_header(folder)
-    empty = all(name.endswith(".tmp") for name in names)
-    if exists and not (header or os.path.isdir(folder) and empty):
+    """Exits unless the folder is new or has audio of this source. `overwrite` empties it."""
+    names = os.listdir(folder) if os.path.exists(folder) else []
+    temporary = [name for name in names if name.endswith(".tmp")]   # of a process that was killed
+    present = source_of(folder)
+    if names != temporary and not present:
         die(f"{folder} exists, but is not prepared data: move it away, or choose another --name or "
             "--out")
-    if overwrite:
-        # the journal last: it marks the folder as prepared data
-        for name in ("index.json", "audio.int16", "journal.jsonl"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(os.path.join(folder, name))
-    elif header and header["of"] != source_id:
-        die(f"{folder} has {header['of']}, not {source_id}: --name=NAME writes elsewhere, "
+    if present not in (None, source_id) and not overwrite:
+        die(f"{folder} has {present}, not {source_id}: --name=NAME writes elsewhere, "
             "--overwrite=True deletes it and starts again")
-    for name in names:
-        if name.endswith(".tmp"):  # of a process that was killed
+    # the journal last: it marks the folder as prepared data
+    old = ["index.json", "audio.int16", "journal.jsonl"] if overwrite else []
+    for name in temporary + old:
+        with contextlib.suppress(FileNotFoundError):
             os.remove(os.path.join(folder, name))
 
 
-def read_header(folder):
-    """The first line of the journal, or None."""
-    for line in complete_lines(folder)[:1]:
-        with contextlib.suppress(ValueError):
-            header = json.loads(line)
-            return header if isinstance(header, dict) and "of" in header else None
-    return None
-
-
 def complete_lines(folder):
-    """The lines of the journal, as bytes, except one that a kill has truncated."""
+    """The lines of the journal, as bytes, without a last one that is truncated."""
     path = os.path.join(folder, "journal.jsonl")
     if not os.path.exists(path):
         return []
@@ -98,39 +83,43 @@ def complete_lines(folder):
         return [line for line in f if line.endswith(b"\n")]
 
 
+def source_of(folder):
+    """The source_id in the header of the journal, or None."""
+    with contextlib.suppress(IndexError, ValueError, TypeError, KeyError):
+        return json.loads(complete_lines(folder)[0])["of"]
+    return None
+
+
 def read_journal(folder):
-    """{name: record} of the items in the journal."""
-    lines, path = complete_lines(folder)[1:], os.path.join(folder, "journal.jsonl")
+    """{name: record} of the items in the journal. Exits if it or the audio is damaged."""
+    audio, path = (os.path.join(folder, name) for name in ("audio.int16", "journal.jsonl"))
     try:
-        return {record["name"]: record for record in map(json.loads, lines)}
+        records = map(json.loads, complete_lines(folder)[1:])
+        journal, problem = {record["name"]: record for record in records}, ""
+        size = os.path.getsize(audio) if os.path.exists(audio) else 0
+        if size < 2 * samples_in(journal):
+            problem = f"{audio} is shorter than its journal declares"
     except (ValueError, TypeError, KeyError) as e:
-        die(f"{path} is damaged ({e}): --overwrite=True decodes everything again")
+        problem = f"{path} is damaged ({e})"
+    if problem:
+        die(f"{problem}: --overwrite=True decodes everything again")
+    return journal
 
 
-def read_index(folder):
-    """The index, or None. Dies if it is damaged."""
-    path = os.path.join(folder, "index.json")
-    if not os.path.exists(path):
-        return None
-    with open(path, encoding="utf-8") as f:
-        try:
-            return dict(json.load(f))
-        except (ValueError, TypeError) as e:
-            die(f"{path} is damaged ({e}): delete it, and the same command writes it again")
+def samples_in(journal):
+    """Number of samples of all tracks of all items in the journal."""
+    ends = [record["offset"] + len(record["silent"]) * record["length"]     # `silent` is per track
+            for record in journal.values() if "offset" in record]
+    return max(ends, default=0)
 
-
-# -----------------------------------------------------------------------------
-# the audio
 
 def to_decode(items, sources, journal):
-    """(new names, names that have changed or may succeed now) of the items whose files exist."""
+    """(new names, names to decode again) of the items whose files exist."""
     new, again = [], []
-    for item in items:
-        name = item["name"]
-        files = sources.get(name, [])
-        now = stamps(files)
-        if not files or any(isinstance(s, dict) and not t for s, t in zip(files, now, strict=True)):
-            continue
+    for name in (item["name"] for item in items):
+        now = list(map(stamp, sources.get(name, [])))
+        if not now or [] in now:
+            continue    # not found
         if name not in journal:
             new.append(name)
         elif journal[name].get("again") or changed(journal[name]["stamps"], now):
@@ -138,29 +127,28 @@ def to_decode(items, sources, journal):
     return new, again
 
 
-def stamps(sources):
-    """The stamp() of each source of an item, None for sources that are not files."""
-    return [stamp(s) if isinstance(s, dict) else None for s in sources]
-
-
 def changed(before, now):
     """Whether files differ in size or mtime; a file and its packed copy only in size."""
-    return len(before) != len(now) or any(
-        old[0] != new[0] if old and new and len(old) != len(new) else old != new
-        for old, new in zip(before, now, strict=True))
+    def same(old, new):
+        packed = old and new and len(old) != len(new)       # one of the two
+        return old[0] == new[0] if packed else old == new
+
+    return len(before) != len(now) or not all(map(same, before, now))
 
 
-def append(folder, source_id, made, sources):
-    """Adds what `made` yields: (name, record, int16 (tracks, length) or None)."""
+def append(folder, source_id, decoded, sources):
+    """Appends what `decoded` yields: (name, record, int16 (tracks, length) or None)."""
     os.makedirs(folder, exist_ok=True)
-    paths = [os.path.join(folder, name) for name in ("audio.int16", "journal.jsonl")]
-    if not read_header(folder):
+    audio_path, path = (os.path.join(folder, name) for name in ("audio.int16", "journal.jsonl"))
+    if not source_of(folder):
         header = {"of": source_id, "format": FORMAT, "sample_rate": SAMPLE_RATE}
-        write_atomically(json.dumps(header) + "\n", paths[1])
-    end = cut_back(folder, *paths)
+        write_atomically(json.dumps(header) + "\n", path)
+    end = samples_in(read_journal(folder))
     try:
-        with open(paths[0], "ab", buffering=0) as audio, open(paths[1], "ab", buffering=0) as lines:
-            write(audio, lines, end, made, sources)
+        with open(audio_path, "ab") as audio, open(path, "ab") as lines:
+            audio.truncate(2 * end)     # what a killed run left incomplete
+            lines.truncate(sum(map(len, complete_lines(folder))))
+            write(audio, lines, end, decoded, sources)
     except OSError as e:
         if e.errno not in UNWRITABLE or e.filename:
             raise
@@ -168,81 +156,49 @@ def append(folder, source_id, made, sources):
         raise OSError(e.errno, problem, folder) from e
 
 
-def write(audio, lines, end, made, sources):
+def write(audio, lines, end, decoded, sources):
     """Appends samples to one file, then a line per item to the other, syncing both."""
     pending, synced = [], time.monotonic()
-    for name, record, samples in made:
-        record = {"name": name, "stamps": stamps(sources[name]), **record}
+    for name, record, samples in decoded:
+        record = {"name": name, "stamps": list(map(stamp, sources[name])), **record}
         if samples is not None:
             record["offset"] = end
-            write_all(audio, samples)
+            audio.write(samples)
             end += samples.size
         pending.append(record)
         if time.monotonic() - synced > SYNC_EVERY:
             sync(audio, lines, pending)
-            synced = time.monotonic()
+            pending, synced = [], time.monotonic()
     sync(audio, lines, pending)
 
 
-def cut_back(folder, audio, lines):
-    """Truncates what a kill left unfinished; returns the number of samples."""
-    os.truncate(lines, sum(map(len, complete_lines(folder))))
-    end = check_audio(folder, read_journal(folder))
-    with open(audio, "ab") as f:
-        f.truncate(2 * end)
-    return end
-
-
-def check_audio(folder, journal):
-    """Dies if audio is missing; returns the number of samples according to the journal."""
-    path, end = os.path.join(folder, "audio.int16"), samples_in(journal)
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    if size < 2 * end:
-        die(f"{path} is shorter than its journal says: --overwrite=True decodes everything again")
-    return end
-
-
-def samples_in(journal):
-    """Where the audio of the journal's items ends."""
-    ends = [r["offset"] + len(r["silent"]) * r["length"] for r in journal.values() if "offset" in r]
-    return max(ends, default=0)
-
-
-def write_all(f, data):
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[f.write(view):]
-
-
 def sync(audio, lines, records):
-    """Journals the records once their audio is on the disk; empties the list."""
+    """Journals the records once their audio is on the disk."""
+    audio.flush()
     os.fsync(audio.fileno())
-    if hasattr(os, "posix_fadvise"):  # or 24 GB of audio would evict everything else from memory
+    if hasattr(os, "posix_fadvise"):  # 24 GB of audio would evict everything else from memory
         os.posix_fadvise(audio.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    write_all(lines, b"".join(json.dumps(r).encode() + b"\n" for r in records))
+    lines.writelines(json.dumps(record).encode() + b"\n" for record in records)
+    lines.flush()
     os.fsync(lines.fileno())
-    records.clear()
 
-
-# -----------------------------------------------------------------------------
-# the index
 
 def last_listing(folder):
-    """The listing of the last run, for when its files are gone; None without one."""
-    index, header = read_index(folder), read_header(folder)
-    if not index or not header:
+    """The listing of the last run, for when its files are gone; None without a readable index."""
+    try:
+        index = json.loads(Path(folder, "index.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
-    items = [{k: v for k, v in item.items() if k not in ("offset", "length")}
-             for item in index["items"]]
-    if index["divided"]:
-        items = [{**item, "split": None} for item in items]
-    return Listing(index["what"], header["of"], index["kind"], items, {}, index["left_out"],
-                   index.get("classes"), index["count"])
+    for item in index["items"]:
+        del item["offset"], item["length"]
+        item["split"] = None if index["divided"] else item["split"]
+    return Listing(index["what"], source_of(folder), index["kind"], index["items"], {},
+                   index["left_out"], index.get("classes"), index["count"])
 
 
 def build_index(listing, journal, settings):
-    """The index of a folder: the listed items that have audio, and what was left out and why."""
-    kept, notes, damaged = [], [], []
+    """The index of a folder: the listed items that have audio, and those left out, with reasons."""
+    kept, notes = [], []
     left_out = [{"expected": True, **entry} for entry in listing.left_out]
     for item in listing.items:
         name = item["name"]
@@ -255,13 +211,12 @@ def build_index(listing, journal, settings):
         silent = ["is silent"] if record["peak"] <= SILENT else []
         notes += [{"name": name, "note": note}
                   for note in record["damage"] + record["notes"] + silent]
-        if record["damage"]:
-            damaged.append(name)
+    damaged = [item["name"] for item in kept if journal[item["name"]]["damage"]]
     divided = not all(item["split"] for item in kept)
     if divided:
         divide(kept, next(iter(listing.classes or [""])), settings["shares"], settings["seed"])
-    index = dict(format=FORMAT, kind=listing.kind, sample_rate=SAMPLE_RATE)
-    index["n_samples"] = samples_in(journal)
+    index = dict(format=FORMAT, kind=listing.kind, sample_rate=SAMPLE_RATE,
+                 n_samples=samples_in(journal))
     if listing.kind == "clips":
         index["classes"] = listing.classes
         index["multilabel"] = [task for task in listing.classes if task == "tags"]
@@ -274,18 +229,15 @@ def unusable(record, published, settings):
     """Why decoded audio is left out, or None."""
     least, length = settings["min_seconds"], record["length"]
     if length < max(1, least * SAMPLE_RATE):
-        short = f"is too short: {length / SAMPLE_RATE:.3f} s, --min_seconds={least:g}"
-        return "; ".join([short, *record["damage"]])
+        too_short = f"is too short: {length / SAMPLE_RATE:.3f} s, --min_seconds={least:g}"
+        return "; ".join([too_short, *record["damage"]])
     if record["peak"] <= SILENT and not published:
         return "is silent"  # a published split keeps it, to be comparable
     return None
 
 
 def write_index(folder, index):
-    """Writes the index if it has changed: a read-only folder can still be listed."""
-    text, path = json.dumps(index), os.path.join(folder, "index.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as f:
-            if f.read() == text:
-                return
-    write_atomically(text, path)
+    """Writes the index if it has changed, so that a read-only folder can be listed."""
+    text, path = json.dumps(index), Path(folder, "index.json")
+    if not path.exists() or path.read_bytes() != text.encode():
+        write_atomically(text, path)

@@ -9,48 +9,28 @@ from model import SAMPLE_RATE
 WIDTH = 132     # columns of the table of classes
 
 
-def problems(index):
-    """Sentences on what differs from the expected data set; empty if nothing does."""
-    found, expected = [], index["count"]
-    unit = "songs" if index["kind"] == "stems" else "files"
-    unexpected = [entry for entry in index["left_out"] if not entry["expected"]]
-    if unexpected:
-        found.append(f"LEFT OUT: {len(unexpected):,} {unit}, such as {unexpected[0]['name']}: fix "
-                     "them, and the same command adds them")
-    if index["damaged"]:
-        found.append(f"DAMAGED: {len(index['damaged']):,} {unit} are used as far as they could be "
-                     f"read, such as {index['damaged'][0]}")
-    counts = [sum(item["split"] == split for item in index["items"]) for split in SPLITS]
-    if isinstance(expected, list) and counts != expected:
-        found.append(f"NOT COMPLETE: {' / '.join(map(str, counts))} instead of "
-                     f"{' / '.join(map(str, expected))} {unit}")
-    listed = len(index["items"]) + len(unexpected)
-    if isinstance(expected, int) and listed != expected:
-        found.append(f"NOT COMPLETE: {listed:,} instead of {expected:,} {unit} in its table, which "
-                     "is truncated or edited: results will not be comparable")
-    return found
-
-
-def show(folder, index, journal, size):
-    """Prints the summary; size is that of the audio in bytes."""
+def show(folder, index, journal):
+    """Prints the summary; returns whether the folder is complete."""
     items, stems = index["items"], index["kind"] == "stems"
-    expected = [entry for entry in index["left_out"] if entry["expected"]]
-    unexpected = [entry for entry in index["left_out"] if not entry["expected"]]
+    expected, unexpected = ([(entry["name"], entry["reason"]) for entry in index["left_out"]
+                             if entry["expected"] == whether] for whether in (True, False))
     listed = len(items) + len(unexpected)
-    found = listed - sum(entry["reason"] == "not found" for entry in unexpected)
+    present = listed - sum(reason == "not found" for _, reason in unexpected)
     unit = "songs" if stems else "files"
     print(f"\n{folder}: {index['what']}")
-    print(f"found {found:,} of {listed:,} {unit} ({100 * found / listed:.1f} %), used "
+    print(f"found {present:,} of {listed:,} {unit} ({100 * present / listed:.1f} %), used "
           f"{len(items):,}\n")
     show_splits(items, journal, stems)
-    show_classes(index)
+    show_classes(items, index.get("classes") or {})
     show_entries(folder, "left out, as expected", expected)
     show_entries(folder, "LEFT OUT, UNEXPECTEDLY", unexpected)
-    notes = [{"name": note["name"], "reason": note["note"]} for note in index["notes"]]
+    notes = [(note["name"], note["note"]) for note in index["notes"]]
     show_entries(folder, "used, but noteworthy", notes)
-    print(f"\n{size / 1e9:.2f} GB")
-    for line in gaps(index) + problems(index):
+    print(f"\n{2 * index['n_samples'] / 1e9:.2f} GB")
+    differences = problems(index, unexpected, unit)
+    for line in gaps(index) + differences:
         print(line)
+    return not differences
 
 
 def show_splits(items, journal, stems):
@@ -67,16 +47,12 @@ def show_splits(items, journal, stems):
         print(line)
 
 
-def show_classes(index):
+def show_classes(items, classes):
     """The number of clips per split and class."""
-    for task, names in (index.get("classes") or {}).items():
-        counts = {split: Counter() for split in SPLITS}
-        for item in index["items"]:
-            counts[item["split"]].update(item.get(task, []))
-        cells = []
-        for c, name in enumerate(names):
-            numbers = " / ".join(f"{counts[split][c]:,}" for split in SPLITS)
-            cells.append(f"{name} {numbers}")
+    for task, names in classes.items():
+        counts = Counter((item["split"], c) for item in items for c in item.get(task, []))
+        cells = [f"{name} " + " / ".join(f"{counts[split, c]:,}" for split in SPLITS)
+                 for c, name in enumerate(names)]
         print(f"\n{task}, {len(names)} classes: clips in train / valid / test")
         width = max(map(len, cells)) + 3
         per_row = max(1, WIDTH // width)
@@ -86,30 +62,32 @@ def show_classes(index):
 
 
 def show_entries(folder, title, entries):
+    """Prints the first (name, reason), and the most frequent reasons."""
     if not entries:
         return
     print(f"\n{title}: {len(entries):,}")
-    for entry in entries[:8]:
-        print(f"  {entry['name']}: {entry['reason']}")
+    for name, reason in entries[:8]:
+        print(f"  {name}: {reason}")
     if len(entries) > 8:
-        common = Counter(entry["reason"] for entry in entries).most_common(3)
+        common = Counter(reason for _, reason in entries).most_common(3)
         most = ", ".join(f"{count:,} x {reason}" for reason, count in common)
         print(f"  ... see {folder}/index.json for all; most frequent: {most}")
 
 
 def gaps(index):
     """Notes on what training and evaluation will lack, and on groups that cross splits."""
-    notes, homes = [], {}
+    notes, splits_of_group = [], {}
     for item in index["items"]:
-        home = item["split"], item.get("fold")
-        homes.setdefault(item.get("group", item["name"]), set()).add(home)
-    divided = [group for group, places in homes.items() if len(places) > 1]
+        group = item.get("group", item["name"])
+        splits_of_group.setdefault(group, set()).add((item["split"], item.get("fold")))
+    divided = [group for group, splits in splits_of_group.items() if len(splits) > 1]
     if divided:
         notes.append(f"note: {len(divided):,} groups (artists, albums) have clips in more than one "
                      f"split or fold, according to the table, such as {divided[0]}")
     for split in SPLITS:
         chosen = [item for item in index["items"] if item["split"] == split]
-        missing = classes_without(chosen, index.get("classes") or {})
+        missing = [name for task, names in (index.get("classes") or {}).items()
+                   for c, name in enumerate(names) if not any(c in i.get(task, []) for i in chosen)]
         segments = sum(max(0, (i["length"] - SEGMENT) // SEGMENT_HOP + 1) for i in chosen)
         if not chosen:
             notes.append(f"note: the {split} split is empty")
@@ -122,10 +100,21 @@ def gaps(index):
     return notes
 
 
-def classes_without(items, classes):
-    """The names of the classes that none of these items has."""
-    missing = []
-    for task, names in classes.items():
-        present = {c for item in items for c in item.get(task, [])}
-        missing += [name for c, name in enumerate(names) if c not in present]
-    return missing
+def problems(index, unexpected, unit):
+    """Lines about differences from the complete dataset; empty if there are none."""
+    lines, expected, damaged = [], index["count"], index["damaged"]
+    if unexpected:
+        lines.append(f"LEFT OUT: {len(unexpected):,} {unit}, such as {unexpected[0][0]}: fix them, "
+                     "and the same command adds them")
+    if damaged:
+        lines.append(f"DAMAGED: {len(damaged):,} {unit} are used as far as they could be read, "
+                     f"such as {damaged[0]}")
+    counts = [sum(item["split"] == split for item in index["items"]) for split in SPLITS]
+    if isinstance(expected, list) and counts != expected:
+        lines.append(f"NOT COMPLETE: {' / '.join(map(str, counts))} instead of "
+                     f"{' / '.join(map(str, expected))} {unit}")
+    listed = len(index["items"]) + len(unexpected)
+    if isinstance(expected, int) and listed != expected:
+        lines.append(f"NOT COMPLETE: {listed:,} instead of {expected:,} {unit} in its table, which "
+                     "is truncated or edited: results will not be comparable")
+    return lines

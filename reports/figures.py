@@ -5,10 +5,11 @@ Figures of results, from the files that eval.py and table.py write.
 
 Written next to each file: spectrograms of a separator or rows of a table (.png), scores per class
 of a tagger (_classes.png), confusion matrix of a genre classifier (_confusion.png), loss curves
-(_curves.png). A figure that fails does not stop the others.
+(_curves.png). If one figure fails, the others are drawn.
 """
 import json
 import os
+import pathlib
 import unicodedata
 import warnings
 
@@ -30,9 +31,6 @@ FONTS = ["DejaVu Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "Noto Sans CJK K
          "WenQuanYi Zen Hei", "Nirmala UI", "Arial Unicode MS", "FreeSans", "Unifont"]
 
 
-# -----------------------------------------------------------------------------
-# files
-
 def spectrograms(song, waves):
     """Arrays of a separator's figure: waves (1 + 2 S, N) as int16, and their levels in dB."""
     levels = model.stft(torch.from_numpy(waves)).abs().transpose(1, 2)          # (1 + 2 S, 257, T)
@@ -42,8 +40,8 @@ def spectrograms(song, waves):
             "waves": np.rint(np.clip(waves, -1, 1) * 32767).astype(np.int16)}
 
 
-def save(f, draw, *arguments):
-    """Writes the figure draw(*arguments) to an open file, as PNG."""
+def save(f, plot, *arguments):
+    """Writes the figure plot(*arguments) to an open file, as PNG."""
     import matplotlib  # here: results are written even if it cannot be imported
     from matplotlib import font_manager
 
@@ -53,19 +51,7 @@ def save(f, draw, *arguments):
              "font.family": [font for font in FONTS if font in installed]}
     with matplotlib.rc_context(style), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")      # drawn as a box
-        draw(*arguments).savefig(f, dpi=DPI, format="png", bbox_inches="tight")
-
-
-def picture(path, failed, draw, *arguments):
-    """Writes a figure; if that fails, prints a note and appends the path to `failed`."""
-    try:
-        with atomic(path, "wb") as f:
-            save(f, draw, *arguments)
-        print(f"figure: {path}")
-    except Exception as e:      # matplotlib raises many types, none of which may cost a result
-        reason = " ".join(f"{type(e).__name__}: {e}".split())
-        print(f"note: no figure {path}: {reason[:300]}")
-        failed.append(path)
+        plot(*arguments).savefig(f, dpi=DPI, format="png", bbox_inches="tight")
 
 
 def new_figure(inches, rows=1, columns=1, **options):
@@ -75,11 +61,8 @@ def new_figure(inches, rows=1, columns=1, **options):
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-# -----------------------------------------------------------------------------
-# figures
-
 def shorten(text):
-    """A name as one line of at most 36 columns, with the middle left out if it is longer."""
+    """A name as one line of at most 36 columns; longer ones lose their middle."""
     text = " ".join(text.encode("utf-8", "replace").decode().split())   # file names may be invalid
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)   # 2 columns, as in Chinese
     longest = LONGEST * len(text) // max(1, len(text) + wide)
@@ -119,20 +102,17 @@ def draw_separation(sources, excerpt):
 
 
 def most_frequent(counts):
-    """Indices of the 60 classes with the most clips, in ascending order."""
-    return sorted(np.argsort(-np.asarray(counts), kind="stable")[:MOST].tolist())
-
-
-def title_if_cut(ax, shown, total):
-    if shown < total:
-        ax.set_title(f"the {shown} classes with the most clips, of {total}", fontsize=10)
+    """(indices of the 60 classes with the most clips, in ascending order; a title if not all)."""
+    shown = sorted(np.argsort(-np.asarray(counts), kind="stable")[:MOST].tolist())
+    title = f"the {MOST} classes with the most clips, of {len(counts)}"
+    return shown, title if len(counts) > MOST else ""
 
 
 def draw_bars(rows):
     """ROC-AUC and PR-AUC of each class that has them, highest PR-AUC on top."""
     rows = [row for row in rows if row["PR-AUC"] is not None]
-    shown = [rows[i] for i in most_frequent([row["clips"] for row in rows])]
-    shown.sort(key=lambda row: row["PR-AUC"])
+    indices, title = most_frequent([row["clips"] for row in rows])
+    shown = sorted((rows[i] for i in indices), key=lambda row: row["PR-AUC"])
     figure, ((ax,),) = new_figure((7, 1.6 + 0.24 * len(shown)))
     y = np.arange(len(shown))
     roc, pr = [row["ROC-AUC"] for row in shown], [row["PR-AUC"] for row in shown]
@@ -142,7 +122,7 @@ def draw_bars(rows):
     ax.set_ylim(-0.6, len(shown) - 0.4)
     ax.set_xlim(0, 1)
     ax.set_xlabel("area under the curve (clips with the tag in brackets)")
-    title_if_cut(ax, len(shown), len(rows))
+    ax.set_title(title, fontsize=10)
     # below the axes, where no bar can be
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -151,7 +131,7 @@ def draw_bars(rows):
 def draw_confusion(confusion, classes):
     """Confusion matrix; rows are true classes, and colours are fractions of the row."""
     share = confusion / np.maximum(1, confusion.sum(1, keepdims=True))
-    shown = most_frequent(confusion.sum(1))
+    shown, title = most_frequent(confusion.sum(1))
     confusion, share = confusion[np.ix_(shown, shown)], share[np.ix_(shown, shown)]
     names = [shorten(classes[i]) for i in shown]
     cell, size = (0.45, 8) if len(shown) <= 20 else (0.3, 6)
@@ -166,7 +146,7 @@ def draw_confusion(confusion, classes):
     ax.set_yticks(ticks, names)
     ax.set_xlabel("predicted")
     ax.set_ylabel("true")
-    title_if_cut(ax, len(shown), len(classes))
+    ax.set_title(title, fontsize=10)
     return figure
 
 
@@ -188,7 +168,7 @@ def draw_curves(log):
 
 
 def draw_table(table):
-    """One line per task, for its first metric: all runs of each row, differences, label curve.
+    """One row of panels per task, for its first metric: all runs, differences, label curve.
 
     Each baseline has a panel of differences. The label curve needs several label fractions.
     """
@@ -256,35 +236,41 @@ def draw_label_curve(ax, entries, metric):
     ax.legend(frameon=False, fontsize=7)
 
 
-# -----------------------------------------------------------------------------
-
 def read_result(path):
     """The dictionary that eval.py or table.py wrote. ValueError if it is anything else."""
-    with open(path, encoding="utf-8") as f:
-        try:
-            result = json.load(f)
-            result["kind"], result["checkpoint"]
-        except (ValueError, TypeError, KeyError) as e:
-            raise ValueError(f"{path} is damaged, or not a result of eval.py or table.py "
-                             f"({type(e).__name__}: {e})") from e
+    try:
+        result = json.loads(pathlib.Path(path).read_text("utf-8"))
+        result["kind"], result["checkpoint"]
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{path} is damaged, or not a result of eval.py or table.py "
+                         f"({type(e).__name__}: {e})") from e
     return result
 
 
 def draw(path):
-    """Draws all figures of a result file; returns the paths of those that failed."""
+    """Draws all figures of a result file. Returns the paths of those that failed."""
     base, failed, result = path.removesuffix(".json"), [], read_result(path)
     if result["kind"] == "table":
-        picture(f"{base}.png", failed, draw_table, result)
+        plots = [(f"{base}.png", draw_table, result)]
     elif result["kind"] == "separator":
-        picture(f"{base}.png", failed, draw_separation, result["sources"], f"{base}.npz")
+        plots = [(f"{base}.png", draw_separation, result["sources"], f"{base}.npz")]
     elif "confusion" in result:
         confusion = np.array(result["confusion"])
-        picture(f"{base}_confusion.png", failed, draw_confusion, confusion, result["classes"])
+        plots = [(f"{base}_confusion.png", draw_confusion, confusion, result["classes"])]
     else:
-        picture(f"{base}_classes.png", failed, draw_bars, result["per_class"])
+        plots = [(f"{base}_classes.png", draw_bars, result["per_class"])]
     log = result["checkpoint"].removesuffix(".pt") + ".jsonl"
     if os.path.exists(log):                     # released checkpoints have none
-        picture(f"{base}_curves.png", failed, draw_curves, log)
+        plots.append((f"{base}_curves.png", draw_curves, log))
+    for target, *plot in plots:
+        try:
+            with atomic(target, "wb") as f:
+                save(f, *plot)
+            print(f"figure: {target}")
+        except Exception as e:  # matplotlib raises many types, none of which may cost a result
+            reason = " ".join(f"{type(e).__name__}: {e}".split())
+            print(f"note: no figure {target}: {reason[:300]}")
+            failed.append(target)
     return failed
 
 

@@ -16,6 +16,7 @@ import html
 import io
 import json
 import os
+import pathlib
 import re
 import shlex
 
@@ -30,8 +31,7 @@ from common import metrics, settings
 from common.files import write_atomically
 from reports import figures
 
-HERE = os.path.dirname(os.path.abspath(__file__))
-ROOT = os.path.dirname(HERE)
+HERE = pathlib.Path(__file__).resolve().parent
 SHOWN = 300             # seconds of a song that are drawn and played
 RATE, BIT_RATE = 24_000, 48_000     # of the players, Hz (the same in page.html) and bit/s
 COLUMNS = 1000          # width of a spectrogram, pixels
@@ -39,11 +39,8 @@ POINTS = 500            # steps of a tag curve
 MOST = 12               # tags with a curve
 
 
-# -----------------------------------------------------------------------------
-# parts of a page
-
 def escape(text):
-    # file names may hold invalid UTF-8
+    # file names may contain invalid UTF-8
     return html.escape(str(text).encode("utf-8", "replace").decode())
 
 
@@ -64,18 +61,16 @@ def image(png, name, kind=""):
 
 def figure(path):
     """A figure drawn by reports.figures; empty if it does not exist."""
-    if not os.path.exists(path):
-        return ""
-    with open(path, "rb") as f:
-        return f"<figure>{image(f.read(), os.path.basename(path))}</figure>"
+    png = pathlib.Path(path)
+    return f"<figure>{image(png.read_bytes(), png.name)}</figure>" if png.exists() else ""
 
 
-def colormapped(values, cmap, low, high):
-    """Values (rows, columns) as PNG, the first row at the bottom."""
+def heatmap(values, cmap, low, high, name, kind=""):
+    """Values (rows, columns) as an image, the first row at the bottom."""
     from matplotlib.image import imsave
     with io.BytesIO() as f:
         imsave(f, values, cmap=cmap, vmin=low, vmax=high, origin="lower", format="png")
-        return f.getvalue()
+        return image(f.getvalue(), name, kind)
 
 
 def mel_levels(wave):
@@ -98,11 +93,10 @@ def players(waves, rate):
             with files.writer(f, "mp3", RATE, 1, BIT_RATE) as write_block:
                 write_block(files.to_int16(resample(wave, rate, RATE))[None])   # (1, N)
             sounds.append({"name": name, "mp3": base64.b64encode(f.getvalue()).decode()})
-        png = colormapped(levels[name], "magma", top - 70, top)
-        pictures = image(png, f"spectrogram of {name}")
+        pictures = heatmap(levels[name], "magma", top - 70, top, f"spectrogram of {name}")
         if i > 0:
-            png = colormapped(10 ** ((levels[name] - mixture) / 20), "gray", 0, 1)
-            pictures += image(png, f"share of {name} in the mixture", "mask")
+            share = 10 ** ((levels[name] - mixture) / 20)
+            pictures += heatmap(share, "gray", 0, 1, f"share of {name} in the mixture", "mask")
         parts.append(
             f'<div class="track" id="track{i}"><header><b>{escape(name)}</b>'
             '<button class="muted" aria-pressed="false">Mute</button>'
@@ -131,30 +125,24 @@ def curve(rows, i, seconds):
 
 def tag_curves(classes, rows, seconds):
     """Curves of the tags with the highest means. rows: [(start, scores)]."""
-    mean = np.mean([scores for _, scores in rows], 0)
-    parts = []
+    mean, html = np.mean([scores for _, scores in rows], 0), ""
     for i in np.argsort(-mean, kind="stable")[:MOST]:
-        parts.append(
-            f'<div class="tag"><span>{escape(classes[i])}</span><span>{mean[i]:.3f}</span>'
-            f'<div class="strip" data-seconds="{seconds}">{curve(rows, i, seconds)}'
-            '<div class="cursor"></div></div></div>')
-    return "".join(parts)
+        html += (f'<div class="tag"><span>{escape(classes[i])}</span><span>{mean[i]:.3f}</span>'
+                 f'<div class="strip" data-seconds="{seconds}">{curve(rows, i, seconds)}'
+                 '<div class="cursor"></div></div></div>')
+    return html
 
 
 def write(path, title, body, sounds=()):
     """Writes a page. sounds: from players()."""
-    with open(os.path.join(HERE, "page.html"), encoding="utf-8") as f:
-        text = f.read()
     parts = {"title": escape(title), "body": body,
              "sound": json.dumps(list(sounds)).replace("<", "\\u003c")}
+    template = (HERE / "page.html").read_text("utf-8")
     # in one pass, as a part may contain {{...}} itself
-    text = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
+    text = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
     write_atomically(text, path)
     print(f"page: {path}")
 
-
-# -----------------------------------------------------------------------------
-# songs
 
 def beginning(path):
     """(mono wave (N,), rate) of the first five minutes of a file."""
@@ -178,24 +166,23 @@ def tags_of(path):
 
 def read_marker(folder):
     """The contents of listen.json in a folder; None if it does not exist. ValueError if damaged."""
-    path = os.path.join(folder, "listen.json")
-    if not os.path.exists(path):
+    path = pathlib.Path(folder, "listen.json")
+    if not path.exists():
         return None
-    with open(path, encoding="utf-8") as f:
-        try:
-            marker = json.load(f)
-            marker["provenance"], marker["finished"], marker["files"]
-        except (ValueError, TypeError, KeyError) as e:
-            raise ValueError(f"{path} is damaged: delete {folder}, and run listen.py again") from e
+    try:
+        marker = json.loads(path.read_text("utf-8"))
+        marker["provenance"], marker["finished"], marker["files"]
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"{path} is damaged: delete {folder}, and run listen.py again") from e
     return marker
 
 
 def song_players(folder, marker):
     """players() of a song and its sources."""
     codec, waves = marker["provenance"]["codec"], {}
-    paths = {name: os.path.join(folder, f"{name}.{codec}") for name in marker["sources"]}
-    for name, path in {"mixture": marker["song"], **paths}.items():
-        wave, rate = beginning(path)
+    for name in ["mixture", *marker["sources"]]:
+        source = os.path.join(folder, f"{name}.{codec}")
+        wave, rate = beginning(marker["song"] if name == "mixture" else source)
         waves[name] = resample(torch.from_numpy(wave), rate, RATE)
     shortest = min(map(len, waves.values()))            # mp3 and opus append some samples
     return players({name: wave[:shortest] for name, wave in waves.items()}, RATE)
@@ -210,9 +197,9 @@ def song_page(folder):
     body = (f'<h1>{escape(title)}</h1><p class="soft">{settings.clock(marker["seconds"])}, '
             f'{marker["rate"]} Hz, channels: {marker["channels"]}</p>')
     body += "".join(f"<p>Note: {escape(note)}</p>" for note in marker["notes"])
-    if marker["sources"] and marker["seconds"] > SHOWN:
-        body += f"<p>Note: this page has the first {SHOWN // 60} minutes.</p>"
     if marker["sources"]:
+        if marker["seconds"] > SHOWN:
+            body += f"<p>Note: this page has the first {SHOWN // 60} minutes.</p>"
         tracks, sounds = song_players(folder, marker)
         body += "<h2>Sources</h2>" + tracks
     for name, means in marker["tags"].items():
@@ -226,13 +213,10 @@ def song_page(folder):
     write(os.path.join(folder, "song.html"), title, body, sounds)
 
 
-# -----------------------------------------------------------------------------
-# results and runs
-
 def commands_of(config, kind, *others):
     """The command that trained a checkpoint, further ones, and all settings."""
     script = "pretrain_sep.py" if kind == "separator" else "finetune_cls.py"
-    defaults, changed = settings.defaults(os.path.join(ROOT, script)), []
+    defaults, changed = settings.defaults(HERE.parent / script), []
     for key, value in config.items():
         if key in defaults and value != defaults[key] and key not in ("resume", "overwrite"):
             value = ",".join(map(str, value)) if isinstance(value, list) else value
@@ -270,12 +254,9 @@ def scores_of_table(result):
         of_task = [e for e in entries if (e["task"], e["labels"]) == (task, share)]
         body += f"<h2>{escape(task)}, {100 * share:g} % of the labels</h2>"
         for metric in of_task[0]["metrics"]:
-            rows = []
-            for entry in of_task:
-                differences = [entry["differences"].get(base, {}).get(metric) for base in baselines]
-                rows.append([entry["row"], entry["runs"],
-                             metrics.mean_and_std(entry["metrics"][metric]),
-                             *map(metrics.difference, differences)])
+            rows = [[entry["row"], entry["runs"], metrics.mean_and_std(entry["metrics"][metric]),
+                     *(metrics.difference(entry["differences"].get(base, {}).get(metric))
+                       for base in baselines)] for entry in of_task]
             body += table(["row", "runs", metric, *(f"minus {base}" for base in baselines)], rows)
     return body + ('<p class="soft">Mean ± standard deviation over runs. Differences are paired, '
                    "with 95 % intervals over test clips and runs.</p>")
@@ -283,9 +264,7 @@ def scores_of_table(result):
 
 def result_players(base, sources):
     """players() of the excerpt that eval.py keeps of a separator's loudest test song."""
-    names = ["mixture"]
-    for source in sources:
-        names += [f"{source}, estimate", f"{source}, truth"]
+    names = ["mixture", *(f"{s}, {kind}" for s in sources for kind in ("estimate", "truth"))]
     with np.load(f"{base}.npz") as saved:
         waves = torch.from_numpy(saved["waves"].astype(np.float32) / 2 ** 15)   # (1 + 2 S, N)
     return players(dict(zip(names, waves, strict=True)), model.SAMPLE_RATE)
@@ -313,14 +292,13 @@ def result_page(path):
 
 
 def run_page(path):
-    """The page of a training run, from its .jsonl log as far as it is written."""
+    """The page of a training run, from what its .jsonl log has so far."""
     base = path.removesuffix(".jsonl")
     with io.BytesIO() as f:
         figures.save(f, figures.draw_curves, path)
         body = f"<h1>{escape(base)}</h1><figure>{image(f.getvalue(), 'losses')}</figure>"
-    with open(path, encoding="utf-8", errors="replace") as f:
-        last = f.readlines()[-5:]
-    body += f"<h2>Last lines of the log</h2><pre>{escape(''.join(last))}</pre>"
+    lines = pathlib.Path(path).read_text("utf-8", "replace").splitlines(True)
+    body += f"<h2>Last lines of the log</h2><pre>{escape(''.join(lines[-5:]))}</pre>"
     saved = [base + ending for ending in (".pt", ".resume") if os.path.exists(base + ending)]
     if saved:
         checkpoint = weights.read_checkpoint(saved[0])
@@ -328,28 +306,24 @@ def run_page(path):
     write(f"{base}_run.html", base, body)
 
 
-# -----------------------------------------------------------------------------
-
 def make(path):
     """Writes the page of a folder of listen.py, a result, or a log."""
-    if os.path.isdir(path):
-        markers = glob.glob(os.path.join(glob.escape(path), "**", "listen.json"), recursive=True)
-        if not markers:
-            raise ValueError(f"{path} has no listen.json: it was not written by listen.py")
-        failed = []
-        for marker in sorted(markers):
-            try:
-                song_page(os.path.dirname(marker))
-            except (ValueError, OSError) as e:      # go on with the other songs
-                failed.append(str(e))
-        if failed:
-            raise ValueError(f"{len(failed)} of {len(markers)} songs have no page: {failed[0]}")
-    elif path.endswith(".jsonl"):
-        run_page(path)
-    elif path.endswith(".json"):
-        result_page(path)
-    else:
-        raise ValueError(f"{path} is not a folder of listen.py, a .json result or a .jsonl log")
+    pattern = os.path.join(glob.escape(path), "**", "listen.json")
+    folders = sorted(map(os.path.dirname, glob.glob(pattern, recursive=True)))
+    if path.endswith(".jsonl") and not folders:
+        return run_page(path)
+    if path.endswith(".json") and not folders:
+        return result_page(path)
+    if not folders:
+        raise ValueError(f"{path} has no listen.json, and is not a .json result or .jsonl log")
+    failed = []
+    for folder in folders:
+        try:
+            song_page(folder)
+        except (ValueError, OSError) as e:      # go on with the other songs
+            failed.append(str(e))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(folders)} songs have no page: {failed[0]}")
 
 
 def main():

@@ -189,8 +189,8 @@ def tail_only(demo, tmp_path_factory):
 # a file server
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """files: {name: bytes}; mood: {name: faults of the next answers}; seen: requests so far."""
-    files, mood, seen = {}, {}, []
+    """files: {name: bytes}; mood: {name: faults of the next answers}; requests: all so far."""
+    files, mood, requests = {}, {}, []
 
     def do_HEAD(self):
         self.do_GET(body=False)
@@ -200,7 +200,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         moods, start = self.mood.get(name, []), 0
         now = moods.pop(0) if moods and body else ""
         wanted = self.headers.get("Range")
-        self.seen.append((self.command, name, wanted))
+        self.requests.append((self.command, name, wanted))
         if now == "busy":
             return self.send_error(503)
         if name not in self.files:
@@ -229,7 +229,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(download, "PAUSES", (0.01, 0.01))
-    Server.files, Server.mood, Server.seen = {}, {}, []
+    Server.files, Server.mood, Server.requests = {}, {}, []
     running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
     threading.Thread(target=running.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{running.server_address[1]}/"

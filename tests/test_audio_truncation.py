@@ -199,10 +199,11 @@ def test_large_files_are_memory_mapped(tmp_path, monkeypatch):
     raw = written("mp3", 16_000, samples)
     tagged = b"ID3\x04\0\0\0\0\0\x0a" + bytes(10) + raw + b"TAG" + bytes(125)
     (tmp_path / "a.mp3").write_bytes(tagged)
-    want, rate, damage = read(tmp_path / "a.mp3")
+    whole, rate, damage = read(tmp_path / "a.mp3")
     monkeypatch.setattr(truncation, "LARGE", 100)
-    found, rate2, damage2 = read(tmp_path / "a.mp3")
-    assert np.array_equal(found, want) and (rate, damage) == (rate2, damage2) == (16_000, [])
+    mapped, mapped_rate, mapped_damage = read(tmp_path / "a.mp3")
+    assert np.array_equal(mapped, whole)
+    assert (rate, damage) == (mapped_rate, mapped_damage) == (16_000, [])
 
 
 # -----------------------------------------------------------------------------
@@ -284,9 +285,9 @@ def test_blocks_convert_frames_with_other_channels():
     for order in ((1, 2), (2, 1)):
         raw = b"".join(parts[n] for n in order)
         whole, _, _ = read(io.BytesIO(raw))
-        found, rate, damage = blocks_of(io.BytesIO(raw))
-        assert len(found) == order[0] and abs(found.shape[1] - len(whole)) < 2000
-        assert found.shape[1] > 3.9 * rate and "converted" in damage[-1]
+        blocks, rate, damage = blocks_of(io.BytesIO(raw))
+        assert len(blocks) == order[0] and abs(blocks.shape[1] - len(whole)) < 2000
+        assert blocks.shape[1] > 3.9 * rate and "converted" in damage[-1]
 
 
 def test_longest_part_at_one_sample_rate_is_read(tmp_path):

@@ -1,4 +1,8 @@
-"""Speed of a network: tools/bench.py and what it counts."""
+"""
+Speed of a network: the benchmark, and the operations that it counts.
+
+    python -m pytest -q tests/test_bench.py
+"""
 import pytest
 import torch
 import torch.nn as nn
@@ -38,16 +42,17 @@ def test_flops_equal_a_count_by_hand():
 
 def test_bench_prints_one_row_per_network(demo):
     args = ["--size=demo", "--steps=1", "--song=4", "--batch_size=2"]
-    said = run(["-m", "tools.bench"], "--networks=separator,tail", *args).splitlines()
-    heads, first, second = (row.strip("| ").split(" | ") for row in (said[2], said[4], said[5]))
+    output = run(["-m", "tools.bench"], "--networks=separator,tail", *args)
+    heads, _, first, second = (
+        row.strip("| ").split(" | ") for row in output.splitlines()[2:6])
     assert [head.strip() for head in heads] == list(bench.HEADS)
     assert (first[0].strip(), second[0].strip()) == ("separator", "tail")
     assert all(float(value.strip(" %")) >= 0 for value in first[1:] + second[1:])
     assert float(first[2]) > 0 and float(first[9]) > 0
 
-    # real data: separators take stems, and say so of clips
-    said = run(["-m", "tools.bench"], "--networks=separator4", *args, f"--data={demo}/demo_songs")
-    assert "separator4" in said
+    # real data: separators need stems, and refuse clips
+    output = run(["-m", "tools.bench"], "--networks=separator4", *args, f"--data={demo}/demo_songs")
+    assert "separator4" in output
     assert "stems" in run(["-m", "tools.bench"], "--networks=separator4", *args,
                           f"--data={demo}/demo_clips", ok=False)
 

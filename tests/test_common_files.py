@@ -34,9 +34,9 @@ path = {str(tmp_path / name)!r}
 def main():
     {write}
 settings.script(main)""")
-    said, _ = process.communicate(timeout=120)
-    assert f"{tmp_path}/{name}: File too large" in said and process.returncode == 1
-    assert "Traceback" not in said and not os.listdir(tmp_path)
+    output, _ = process.communicate(timeout=120)
+    assert f"{tmp_path}/{name}: File too large" in output and process.returncode == 1
+    assert "Traceback" not in output and not os.listdir(tmp_path)
 
 
 def test_failed_write_keeps_the_old_file(tmp_path):

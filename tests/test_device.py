@@ -20,7 +20,15 @@ def test_world_size_of_a_scheduler_is_ignored():
     assert "('cpu', 0, 1)" in done.stdout
 
 
-def test_other_devices_than_cuda_and_cpu_have_one_process(monkeypatch):
+def test_a_package_named_kernels_is_not_ours():
+    code = ("import sys, types; sys.modules['kernels'] = types.ModuleType('kernels')\n"
+            "from common import device; print(device.kernels)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)
+    assert done.stdout == "None\n"
+
+
+def test_devices_other_than_cuda_and_cpu_have_one_process(monkeypatch):
     keys = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x"}
     for key, value in (keys | {"MASTER_PORT": "1"}).items():
         monkeypatch.setenv(key, value)

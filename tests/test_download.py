@@ -22,7 +22,7 @@ def source(server):
 
 
 def ranges():
-    return [wanted for command, _, wanted in Server.seen if command == "GET"]
+    return [wanted for command, _, wanted in Server.requests if command == "GET"]
 
 
 def test_download_survives_faults_of_the_server(source, tmp_path, capsys):
@@ -30,8 +30,8 @@ def test_download_survives_faults_of_the_server(source, tmp_path, capsys):
     download.fetch([source], str(tmp_path))
     assert (tmp_path / "a.bin").read_bytes() == CONTENT and os.listdir(tmp_path) == ["a.bin"]
     assert ranges() == [None, "bytes=300000-", "bytes=300000-", "bytes=600000-"]
-    said = capsys.readouterr().out
-    assert "0.3 MB" in said and "503" in said
+    output = capsys.readouterr().out
+    assert "0.3 MB" in output and "503" in output
 
 
 def test_git_blob_ids_are_checksums(source, tmp_path):
@@ -43,7 +43,7 @@ def test_git_blob_ids_are_checksums(source, tmp_path):
 def test_existing_file_is_not_downloaded(source, tmp_path):
     (tmp_path / "a.bin").write_bytes(CONTENT)
     download.fetch([source], str(tmp_path))
-    assert not Server.seen
+    assert not Server.requests
 
 
 def test_download_of_a_killed_process_is_resumed(source, tmp_path):
@@ -95,10 +95,10 @@ def test_full_disk_is_reported_before_the_download(source, tmp_path, monkeypatch
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: small)
     with pytest.raises(ValueError, match="GB free"):
         download.fetch([source], str(tmp_path))
-    assert {command for command, *_ in Server.seen} == {"HEAD"}
+    assert {command for command, *_ in Server.requests} == {"HEAD"}
 
 
 def test_parts_joined_by_hand_are_not_downloaded(server, tmp_path):
     (tmp_path / "mp3.zip").write_bytes(b"x")
     download.fetch([(server + "mp3.zip.001", "md5:0")], str(tmp_path))
-    assert not Server.seen
+    assert not Server.requests

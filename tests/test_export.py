@@ -24,7 +24,7 @@ NETS = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def checkpoints(tmp_path_factory):
     """The folder with NETS as checkpoints."""
     folder = tmp_path_factory.mktemp("nets")
     for name, net in NETS.items():
@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     return folder
 
 
-def answer(path, x):
+def run_onnx(path, x):
     """(metadata, the output of onnxruntime for x)."""
     ort = pytest.importorskip("onnxruntime")
     session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -54,10 +54,10 @@ def run_export(*args):
 
 
 @pytest.fixture(scope="module")
-def onnx(made):
+def onnx(checkpoints):
     pytest.importorskip("onnxscript")
-    run_export(*(made / f"{name}.pt" for name in NETS))
-    return made
+    run_export(*(checkpoints / f"{name}.pt" for name in NETS))
+    return checkpoints
 
 
 def test_onnx_separator_for_any_batch_and_length(onnx):
@@ -65,8 +65,8 @@ def test_onnx_separator_for_any_batch_and_length(onnx):
     for batch, k in ((1, 6), (3, 1), (2, 10)):
         wave = noise(batch, 10_240 * k + 352)
         magnitude = model.magnitudes(wave)
-        about, masks = answer(onnx / "four.onnx", magnitude)
-        _, sources = answer(onnx / "four_wave.onnx", wave)
+        about, masks = run_onnx(onnx / "four.onnx", magnitude)
+        _, sources = run_onnx(onnx / "four_wave.onnx", wave)
         with torch.no_grad():
             spec = model.stft(wave)
             want = net.masks(spec)
@@ -84,29 +84,29 @@ def test_onnx_classifier_for_any_batch(onnx, name):
         with torch.no_grad():
             logits = net(wave)
         want = logits.sigmoid() if net.multilabel else logits.softmax(-1)
-        about, scores = answer(onnx / f"{name}_wave.onnx", wave)
-        _, same = answer(onnx / f"{name}.onnx", model.magnitudes(wave))
+        about, scores = run_onnx(onnx / f"{name}_wave.onnx", wave)
+        _, same = run_onnx(onnx / f"{name}.onnx", model.magnitudes(wave))
         assert about["classes"] == ["one", "two", "drei ö"]
         np.testing.assert_allclose(scores, want, atol=1e-4, rtol=0)
         np.testing.assert_allclose(same, want, atol=1e-4, rtol=0)
 
 
-def test_export_to_safetensors_from_the_command_line(made, tmp_path):
+def test_export_to_safetensors_from_the_command_line(checkpoints, tmp_path):
     pytest.importorskip("safetensors")
-    subprocess.run([sys.executable, "-m", "tools.export", made / "v1.pt", "--to=safetensors",
+    subprocess.run([sys.executable, "-m", "tools.export", checkpoints / "v1.pt", "--to=safetensors",
                     f"--out={tmp_path}/new"], cwd=ROOT, check=True)
     net, meta = weights.load(tmp_path / "new" / "v1.safetensors")
-    wanted = torch.load(made / "v1.pt", weights_only=True)["model"]
+    wanted = torch.load(checkpoints / "v1.pt", weights_only=True)["model"]
     assert all(torch.equal(net.state_dict()[key], value) for key, value in wanted.items())
     assert meta["classes"] == ["one", "two", "drei ö"]
 
 
-def test_existing_files_and_wrong_settings(made, tmp_path):
+def test_existing_files_and_wrong_settings(checkpoints, tmp_path):
     pytest.importorskip("safetensors")
-    args = [made / "v1.pt", "--to=safetensors", f"--out={tmp_path}"]
+    args = [checkpoints / "v1.pt", "--to=safetensors", f"--out={tmp_path}"]
     run_export(*args)
     for more, message in (([], "v1.safetensors exists"),
-                          ([made / "v1.pt", "--overwrite=True"], "both be written to"),
+                          ([checkpoints / "v1.pt", "--overwrite=True"], "two of these checkpoints"),
                           (["--out=a.safetensors"], "a.safetensors"), (["--to=tflite"], "tflite")):
         with pytest.raises(SystemExit, match=message):
             run_export(*args, *more)
@@ -119,4 +119,4 @@ def test_inverse_stft_as_a_convolution():
     net = model.Separator(["vocals"], NARROW).eval()
     wave = noise(2, model.CROP)
     with torch.no_grad():
-        torch.testing.assert_close(export.Sources(net)(wave), net(wave), atol=1e-6, rtol=0)
+        torch.testing.assert_close(export.Sources(net, True)(wave), net(wave), atol=1e-6, rtol=0)

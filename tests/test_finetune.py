@@ -81,7 +81,7 @@ def test_initial_weights_may_move_but_not_change(demo, separator, tmp_path):
     saved = torch.load(tmp_path / "two.pt", weights_only=True)
     torch.save({**saved, "step": 5}, tmp_path / "two.pt")
     errors = finetune(demo, tmp_path / "a.pt", *arguments, ok=False)
-    assert "init or tail is another file" in errors
+    assert "init or tail" in errors
 
 
 def test_a_frozen_unet_keeps_weights_and_statistics(demo, separator, tmp_path):
@@ -90,15 +90,6 @@ def test_a_frozen_unet_keeps_weights_and_statistics(demo, separator, tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in before)  # statistics too
     losses = [entry["val_loss"] for entry in log_of(tmp_path / "a.pt") if "val_loss" in entry]
     assert losses[0] != losses[-1]
-
-
-def test_losses_refuse_shapes_that_would_broadcast():
-    with pytest.raises(ValueError, match="2, 3.*2, 1"):
-        model.crop_losses(torch.zeros(2, 3), torch.zeros(2, 1), True)
-    with pytest.raises(ValueError, match="2, 2, 900.*2, 1, 900"):
-        model.l1_loss(torch.zeros(2, 2, 900), torch.zeros(2, 1, 900))
-    losses = model.crop_losses(torch.full((2, 3), 200.0), torch.zeros(2, 3), True)
-    assert torch.isfinite(losses).all()
 
 
 # -----------------------------------------------------------------------------
@@ -305,19 +296,19 @@ WRONG = [
     ("pretrain_sep.py", ["SONGS", "--seed=4294967296"], "seed must be from 0 to 4294967295"),
     ("pretrain_sep.py", ["SONGS", "--learning_rate=1e999"], "learning_rate must be a finite"),
     ("pretrain_sep.py", ["SONGS", "--learning_rate=0"], "learning_rate must be a"),
-    ("pretrain_sep.py", ["SONGS", "{demo}/demo_songs/audio.int16"], "audio.int16: "),
+    ("pretrain_sep.py", ["SONGS", "{demo}/demo_songs/audio.int16"], "demo_songs/audio.int16"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--tail_widths=4,4"], "tail_widths"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=tail", "--freeze=tail"], "variant=tail"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--init={tail}"], "is a classifier of variant tail"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--init={tail}"], "variant tail"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--init=none.pt"], "no checkpoint at none.pt"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--init=README.md"], "README.md"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--task=mood"], "mood"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--batch_size=64"], "do not fill"),
-    ("finetune_cls.py", ["CLIPS", *SMALL, "--batch_size=1"], "batch_size must be at least 2"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--batch_size=64"], "batch of 64"),
+    ("finetune_cls.py", ["CLIPS", *SMALL, "--batch_size=1"], "batch_size=1 must be at least 2"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--dropout=1.5"], "dropout must be from 0 to 1"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--tail={tail}"], "variant=v3 or ast"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--variant=v3", "--tail={separator}"],
-     "not a classifier of variant tail"),
+     "sep.pt is not"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--skips=6"], "skips must be from 0 to 5"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--label_fraction=0"], "label_fraction must be from"),
     ("finetune_cls.py", ["CLIPS", *SMALL, "--fold=0"], "fold=0"),

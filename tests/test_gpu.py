@@ -116,7 +116,7 @@ def trained(make, kind, graphed, steps=7):
 
 
 @pytest.mark.parametrize("make, kind", [(separator, "separator"), (classifier, "classifier")])
-def test_a_graph_trains_as_single_kernels_do(make, kind):
+def test_cuda_graph_trains_like_eager_mode(make, kind):
     (net, losses), (plain, expected) = (trained(make, kind, graphed) for graphed in (True, False))
     print(kind, "losses", distance(losses, expected))
     assert distance(losses, expected) < 1e-4
@@ -179,7 +179,7 @@ def test_gpu_and_cpu_resume_each_others_runs(demo, tmp_path):
     assert validated == [0, 4, 8, 12, 16, 20]
 
 
-def test_ways_to_use_a_gpu_change_little(demo, tmp_path):
+def test_gpu_options_change_losses_little(demo, tmp_path):
     own = [f"--data={demo}/demo_songs", *SEP, *GPU, "--steps=8", "--batch_size=4"]
     ways = [([], {}), (["--dtype=float16", "--grad_clip=1"], {}), (["--compile=True"], {}),
             (["--accumulate=2"], {}), ([], {"common.device.CudaGraph": without_graph}),
@@ -193,7 +193,7 @@ def test_ways_to_use_a_gpu_change_little(demo, tmp_path):
         assert values == pytest.approx(losses[0], rel=0.02)
 
 
-def test_fine_tuning_changes_its_optimizer_on_a_gpu(demo, tmp_path):
+def test_fine_tuning_switches_from_adam_to_sgd_on_a_gpu(demo, tmp_path):
     recipe = {"finetune_cls.HALVINGS": 0, "finetune_cls.SGD_RATES": {"ast": [1.0]}}
     ways = {"a": (8, {}), "b": (8, {"common.device.CudaGraph": without_graph}), "adam": (5, {})}
     weights = []
@@ -220,7 +220,7 @@ def test_classifiers_are_fine_tuned_and_evaluated(demo, tmp_path, more):
     assert distance(*scores) < 1e-3
 
 
-def test_a_network_trained_in_a_graph_takes_songs_of_any_length():
+def test_network_trained_in_a_graph_separates_songs_of_any_length():
     net, _ = trained(separator, "separator", True)
     net.eval()
     wave = torch.randn(3 * model.CROP) * 0.1

@@ -1,4 +1,8 @@
-"""Imports only go down, lazy ones too: the floors of the house, read from the syntax trees."""
+"""
+Imports between modules, lazy ones included: only from higher layers to lower ones, no cycles.
+
+    python -m pytest -q tests/test_imports.py
+"""
 import ast
 
 from conftest import ROOT
@@ -26,14 +30,14 @@ def modules():
 
 def imports_of(path, known):
     """The modules of ours that a file imports anywhere in its code."""
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return found & known
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & known
 
 
 def floor_of(name):

@@ -1,5 +1,5 @@
 """
-Compiling the CPU kernels, doing without them, and never compiling where nobody asked.
+Compiling the CPU kernels, the fallback without them, and imports that must not compile.
 
     python -m pytest -q tests/test_kernels_build.py
 """

@@ -71,20 +71,21 @@ def step(net, x, gradient):
     x = x.detach().requires_grad_()
     y = net(x)
     y.backward(gradient.to(y.dtype))
-    found = {"y": y.detach(), "x": x.grad}
-    found |= {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
-    return found | {name: value.clone() for name, value in net.named_buffers()}
+    actual = {"y": y.detach(), "x": x.grad}
+    actual |= {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return actual | {name: value.clone() for name, value in net.named_buffers()}
 
 
-def error(found, expected):
+def error(actual, expected):
     """The largest error, relative to the largest value."""
-    assert found.shape == expected.shape
-    return ((found.double() - expected).abs().max() / (expected.double().abs().max() + 1e-9)).item()
+    assert actual.shape == expected.shape
+    largest = expected.double().abs().max() + 1e-9
+    return ((actual.double() - expected).abs().max() / largest).item()
 
 
-def largest_error(found, expected):
-    assert found.keys() == expected.keys()
-    return max(error(found[name], expected[name]) for name in expected)
+def largest_error(actual, expected):
+    assert actual.keys() == expected.keys()
+    return max(error(actual[name], expected[name]) for name in expected)
 
 
 def same_bits(a, b):
@@ -104,11 +105,11 @@ def test_norm_equals_float64(shape, dtype, limit, slope, calls):
     kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
     net, exact = make(*norm_act(shape[1], slope, kind)[:1 if slope == 1 else 2])
     x, gradient = (3 + torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
-    found, expected = step(net, x, gradient), step(exact, x.double(), gradient.double())
-    assert calls == ["norm_measure", "norm_apply", "norm_backward"] and found["y"].dtype == dtype
+    actual, expected = step(net, x, gradient), step(exact, x.double(), gradient.double())
+    assert calls == ["norm_measure", "norm_apply", "norm_backward"] and actual["y"].dtype == dtype
     for name, value in expected.items():
         scale = value.double().abs().max() + 1e-3
-        errors = (found[name].double() - value).abs() / scale
+        errors = (actual[name].double() - value).abs() / scale
         if name == "x":     # near zero, rounding decides on which side of the LeakyReLU a value is
             errors = errors[expected["y"].abs() > 1e-4]
         assert errors.max() < limit * (40 if x.numel() < 20 * shape[1] else 1), name
@@ -129,19 +130,19 @@ def test_pooled_norm_equals_norm_and_pooling(channels, size, dtype, limit, slope
     x = (levels + 0.3 * torch.rand(2, channels, 12, 8)).to(dtype)
     gradient = torch.linspace(-1, 2, 8 * channels * (12 // size[0])).to(dtype)
     gradient = gradient.view(2, channels, 12 // size[0], 4)
-    found = step(fused, x, gradient)
+    actual = step(fused, x, gradient)
     assert ("norm_apply" in calls) == (12 % size[0] > 0)
     split = nn.Sequential(parts[:2], nn.Sequential(parts[2]))
     expected = step(split, x, gradient)
-    assert found["y"].dtype == dtype
-    for value, other in zip(found.values(), expected.values(), strict=True):
+    assert actual["y"].dtype == dtype
+    for value, other in zip(actual.values(), expected.values(), strict=True):
         assert error(value, other) < limit
     fused.eval(), split.eval()
     with torch.no_grad():
         torch.testing.assert_close(fused(x), split(x), atol=limit, rtol=0)
 
 
-def test_statistics_far_from_zero_of_constant_channels_and_of_nan():
+def test_statistics_of_large_means_constant_channels_and_nan():
     x = 1e4 + images(2, 8, 32, 32)
     mean, var = layers.norm_measure(x)
     assert torch.allclose(mean.double(), x.double().mean((0, 2, 3)), rtol=1e-7)
@@ -181,10 +182,10 @@ def test_convolution_equals_float64(c_in, c_out, size, calls):
     net, exact = make(conv3x3(c_in, c_out))
     plain = copy.deepcopy(exact).float()
     expected = step(exact, x.double(), gradient.double())
-    found = largest_error(step(net, x, gradient), expected)
+    actual = largest_error(step(net, x, gradient), expected)
     assert calls[0] == ("narrow" if min(c_in, c_out) < 12 else "winograd") + "_forward"
     # no worse than PyTorch's, apart from chance in such small errors
-    assert found < 2e-6 and found < 4 * largest_error(step(plain, x, gradient), expected)
+    assert actual < 2e-6 and actual < 4 * largest_error(step(plain, x, gradient), expected)
 
 
 @pytest.mark.parametrize("c_in, c_out, size", WINOGRAD + NARROW_SHAPES + STREAMED)
@@ -241,8 +242,8 @@ def test_gradients_through_given_statistics():
     net, exact = make(*norm_act(16), conv3x3(16, 24))
     x, gradient = images(3, 16, 12, 16), torch.randn(3, 24, 12, 16)
     net(x), exact(x.double())
-    found, expected = (step(n.eval(), v, gradient) for n, v in ((net, x), (exact, x.double())))
-    assert largest_error(found, expected) < 1e-5
+    actual, expected = (step(n.eval(), v, gradient) for n, v in ((net, x), (exact, x.double())))
+    assert largest_error(actual, expected) < 1e-5
     with torch.no_grad():       # NCHW too
         assert error(net[:2](x.contiguous()), exact[:2](x.double())) < 1e-5
 
@@ -284,17 +285,17 @@ def test_convolutions_of_other_layouts_slices_nan_and_single_images():
     (lambda: [*norm_act(40), conv3x3(40, 24)], (4, 40, 34, 26))])
 def test_results_do_not_depend_on_the_number_of_threads(make_net, shape):
     net, _ = make(*make_net())
-    x, threads, found = images(*shape), torch.get_num_threads(), []
+    x, threads, actual = images(*shape), torch.get_num_threads(), []
     gradient = torch.randn(net(x).shape)
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             for norm in net:
                 getattr(norm, "reset_running_stats", lambda: None)()
-            found.append(step(net, x, gradient))
+            actual.append(step(net, x, gradient))
     finally:
         torch.set_num_threads(threads)
-    assert same_bits(found[0], found[1]) and same_bits(found[0], found[2])
+    assert same_bits(actual[0], actual[1]) and same_bits(actual[0], actual[2])
 
 
 # -----------------------------------------------------------------------------
@@ -326,11 +327,11 @@ def test_pooling_equals_pytorch_to_the_bit(channels, size, kind, dtype, calls):
     plain = nn.Sequential(kind(size))
     gradient = torch.randn(plain(x).shape).to(dtype)
     expected = step(plain, x, gradient)
-    found = step(kernels.accelerate(plain), x, gradient)
-    assert calls == ["pool_forward", "pool_backward"] and torch.equal(found["y"], expected["y"])
+    actual = step(kernels.accelerate(plain), x, gradient)
+    assert calls == ["pool_forward", "pool_backward"] and torch.equal(actual["y"], expected["y"])
     # a sixth is rounded at different places
     exact = kind is nn.MaxPool2d or size != (3, 2)
-    assert torch.allclose(found["x"], expected["x"], rtol=0 if exact else 1e-2, atol=0)
+    assert torch.allclose(actual["x"], expected["x"], rtol=0 if exact else 1e-2, atol=0)
 
 
 def test_pooling_of_nan_and_of_odd_sizes():
@@ -395,7 +396,7 @@ def test_autocast_around_a_network(classifiers, dtype, limit):
         assert (y.float() - plain.unet(x)[0]).abs().mean() < limit
         y.float().mean().backward()
     with pytest.raises(ValueError):         # the kernels would write out of bounds
-        layers.half(x.half())
+        layers.argument(torch.float16)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -409,18 +410,18 @@ def test_tracing_compiling_and_exporting(classifiers):
             torch.testing.assert_close(net(other)[0], plain.unet(other)[0], atol=1e-5, rtol=0)
 
 
-def test_the_default_dtype_and_device_of_the_program_do_not_matter(classifiers):
+def test_default_dtype_and_device_do_not_matter(classifiers):
     _, fast = classifiers
     x, unet = torch.randn(2, 1, 64, 256), fast.unet.train()
     expected = unet_gradient(copy.deepcopy(unet), x)
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
-        found = unet_gradient(unet, x)
+        actual = unet_gradient(unet, x)
     finally:
         torch.set_default_dtype(torch.float32)
         torch.set_default_device(None)
-    assert torch.equal(found, expected)
+    assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("c_in, c_out", [(1, 16), (17, 32), (32, 1), (5, 3), (8, 8)])

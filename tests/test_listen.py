@@ -124,7 +124,7 @@ def test_pieces_equal_the_whole_song(nets, tmp_path, rate, seconds, monkeypatch)
     wave = noise(1, int(rate * seconds))
     whole = model.separate(separator, wave, rate)
     blocks = torch.split(wave, 7001, 1)
-    length, left, right = listen.piece_sizes(rate, 1, {"tags": (tagger, [])})
+    length, left, right = listen.piece_sizes(rate, 1, {"tags": tagger})
     parts, rows = [], []
     for samples, at, begin in listen.pieces((b.numpy() for b in blocks), length, left, right):
         stems = model.separate(separator, torch.from_numpy(samples), rate)
@@ -304,7 +304,7 @@ def test_stop_leaves_no_partial_files(nets, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert "same command" in process.communicate(timeout=120)[1]
     assert [path.name for path in folder.iterdir()] == ["listen.json"]
-    # the folder is not foreign
+    # the same command resumes: the folder counts as its own output
     again = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     while not list(folder.glob("*.tmp")):
         assert again.poll() is None

@@ -117,23 +117,23 @@ KINDS = ["random", "ties", "constant", "one positive", "undefined", "perfect", "
 def test_tag_metrics_match_scikit_learn(kind):
     targets, scores = tag_scores(kind, 1)
     used = [c for c in range(6) if 0 < targets[:, c].sum() < len(targets)]
-    found = metrics.tag_metrics(targets, scores)
-    assert found["tags used"].tolist() == [len(used)]
+    actual = metrics.tag_metrics(targets, scores)
+    assert actual["tags used"].tolist() == [len(used)]
     for key, theirs in (("ROC-AUC", sk.roc_auc_score), ("PR-AUC", sk.average_precision_score)):
-        assert found[key][0] == pytest.approx(theirs(targets[:, used], scores[:, used]), abs=1e-12)
+        assert actual[key][0] == pytest.approx(theirs(targets[:, used], scores[:, used]), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resampled_tag_metrics_match_repeated_clips(kind):
     targets, scores = tag_scores(kind, 2)
     counts = metrics.resamples(len(targets), 5, 1)
-    found = metrics.tag_metrics(targets, scores, counts)
+    actual = metrics.tag_metrics(targets, scores, counts)
     for r, count in enumerate(counts):
         drawn = np.repeat(np.arange(len(targets)), count)
         alone = metrics.tag_metrics(targets[drawn], scores[drawn])
         assert len(drawn) == len(targets)
-        for key in found:
-            np.testing.assert_allclose(found[key][r], alone[key][0], atol=1e-12)
+        for key in actual:
+            np.testing.assert_allclose(actual[key][r], alone[key][0], atol=1e-12)
 
 
 def test_roc_auc_is_the_fraction_of_ordered_pairs():
@@ -153,8 +153,8 @@ def test_scores_of_any_dtype(dtype):
 
 
 def test_a_single_clip_has_no_auc():
-    found = metrics.tag_metrics(np.array([[1, 0]]), np.array([[0.2, 0.3]]))
-    assert np.isnan(found["ROC-AUC"][0]) and found["tags used"][0] == 0
+    actual = metrics.tag_metrics(np.array([[1, 0]]), np.array([[0.2, 0.3]]))
+    assert np.isnan(actual["ROC-AUC"][0]) and actual["tags used"][0] == 0
 
 
 @pytest.mark.parametrize("scores", [[[0.2], [math.nan]], [[0.2]]])
@@ -167,16 +167,16 @@ def test_wrong_scores_are_refused(scores):
 def test_genre_metrics_match_scikit_learn(present):
     rng = np.random.default_rng(present)
     truth, scores = rng.integers(present, size=50), rng.random((50, 4))
-    answers, counts = scores.argmax(1), metrics.resamples(50, 4, 1)
-    found = metrics.genre_metrics(np.eye(4, dtype=int)[truth], scores, counts)
+    predicted, counts = scores.argmax(1), metrics.resamples(50, 4, 1)
+    actual = metrics.genre_metrics(np.eye(4, dtype=int)[truth], scores, counts)
     for r, count in enumerate(counts):
         options = dict(labels=np.unique(truth[count > 0]), average="macro", zero_division=0,
                        sample_weight=count)
-        assert found["accuracy"][r] == pytest.approx(
-            sk.accuracy_score(truth, answers, sample_weight=count))
-        assert found["macro F1"][r] == pytest.approx(sk.f1_score(truth, answers, **options))
-        assert found["balanced accuracy"][r] == pytest.approx(
-            sk.recall_score(truth, answers, **options))
+        assert actual["accuracy"][r] == pytest.approx(
+            sk.accuracy_score(truth, predicted, sample_weight=count))
+        assert actual["macro F1"][r] == pytest.approx(sk.f1_score(truth, predicted, **options))
+        assert actual["balanced accuracy"][r] == pytest.approx(
+            sk.recall_score(truth, predicted, **options))
 
 
 @pytest.mark.parametrize("measure", [metrics.tag_metrics, metrics.genre_metrics])
@@ -209,8 +209,8 @@ def pairs_of(gain, clips, runs, seed=0):
         fold = run % 2
         scores = []
         for right in (0.6 + gain, 0.6):
-            answers = np.where(rng.random(clips) < right, truth[fold], 1 - truth[fold])
-            scores.append(np.eye(2)[answers])
+            predicted = np.where(rng.random(clips) < right, truth[fold], 1 - truth[fold])
+            scores.append(np.eye(2)[predicted])
         pairs.append((fold, np.eye(2, dtype=int)[truth[fold]], *scores))
     return pairs
 
@@ -227,8 +227,8 @@ def test_paired_difference_is_the_mean_over_runs():
 
 def test_paired_difference_to_itself_is_zero():
     pairs = [(fold, truth, scores, scores) for fold, truth, scores, _ in pairs_of(0, 30, 4)]
-    found = metrics.paired_interval(metrics.genre_metrics, pairs, 100, 1)
-    assert all(value[:3] == (0, 0, 0) for value in found.values())
+    actual = metrics.paired_interval(metrics.genre_metrics, pairs, 100, 1)
+    assert all(value[:3] == (0, 0, 0) for value in actual.values())
 
 
 def test_coverage_of_paired_intervals():

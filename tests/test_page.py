@@ -4,7 +4,6 @@ HTML pages of songs, results and runs; in a headless Chromium if there is one.
     python -m pytest -q tests/test_page.py
 """
 import base64
-import importlib.util
 import io
 import json
 import os
@@ -17,7 +16,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import NARROW, SEP, TAIL, randomise, run, sound
+from conftest import NARROW, TAIL, randomise, run, sound
 
 import model
 from audio import files
@@ -226,27 +225,3 @@ def test_other_files_have_no_page(tmp_path):
                                ([""], "listen.json"), ([], "listened/song")):
         paths = [tmp_path / argument for argument in arguments]
         assert message in run(["-m", "reports.page"], *paths, ok=False)
-
-
-# -----------------------------------------------------------------------------
-# tensorboard and wandb
-
-def test_missing_tracker_is_refused_before_training(demo, tmp_path):
-    args = ["pretrain_sep.py", "config/vocals.py", *SEP, f"--data={demo}/demo_songs", "--steps=2",
-            f"--out={tmp_path}/a.pt"]
-    assert "track" in run(*args, "--track=paper", ok=False)
-    if importlib.util.find_spec("wandb") is None:
-        assert "pip install wandb" in run(*args, "--track=wandb", ok=False)
-        assert not (tmp_path / "a.jsonl").exists()
-
-
-def test_tensorboard_has_the_numbers_of_the_log(demo, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    run("pretrain_sep.py", "config/vocals.py", *SEP, f"--data={demo}/demo_songs", "--steps=4",
-        f"--out={tmp_path}/a.pt", "--track=tensorboard")
-    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
-    board = EventAccumulator(str(tmp_path / "a")).Reload()
-    for key in ("loss", "val_loss", "lr"):
-        logged = [(line["step"], pytest.approx(line[key])) for line in lines if key in line]
-        assert [(event.step, event.value) for event in board.Scalars(key)] == logged

@@ -31,8 +31,8 @@ def test_linked_folders_are_listed_once_and_last(tmp_path, capsys):
     (tmp_path / "in" / "a" / "b again").symlink_to(tmp_path / "in" / "b")
     (tmp_path / "in" / "a" / "linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "in" / "a" / "loop").symlink_to("..")
-    found = files.inventory(str(tmp_path / "in"))
-    assert list(found) == ["a/0.wav", "b/0.wav", "a/linked/new.wav"]
+    listed = files.inventory(str(tmp_path / "in"))
+    assert list(listed) == ["a/0.wav", "b/0.wav", "a/linked/new.wav"]
     assert "b again: a link to files" in capsys.readouterr().out
 
 
@@ -66,9 +66,9 @@ def test_truncated_copy_of_an_archive_member_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as z:
         z.write(tmp_path / "a.wav", "f/a.wav")
     (tmp_path / "a.wav").write_bytes((tmp_path / "a.wav").read_bytes()[:5000])
-    found = files.inventory(str(tmp_path))
+    listed = files.inventory(str(tmp_path))
     with pytest.raises(ValueError, match="a.wav has two copies of different size"):
-        files.by_name(found, lambda file: file.split("/")[-1], [{"name": "a.wav"}])
+        files.by_name(listed, lambda file: file.split("/")[-1], [{"name": "a.wav"}])
 
 
 def test_table_errors_name_the_line():

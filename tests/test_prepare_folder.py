@@ -22,7 +22,7 @@ def of_folder(root, *args):
     return own(root, f"--path={root / 'in'}", *args)
 
 
-def found(root, name="mine"):
+def index(root, name="mine"):
     return index_of(root / "out" / name)
 
 
@@ -40,9 +40,9 @@ def genres(tmp_path):
 
 def test_folders_are_classes_with_a_stratified_split(genres):
     assert of_folder(genres) == 0
-    assert found(genres)["classes"] == {"genre": ["jazz", "rock"]}
+    assert index(genres)["classes"] == {"genre": ["jazz", "rock"]}
     for genre, train in ((1, 10), (0, 5)):
-        items = [item for item in found(genres)["items"] if item["genre"] == [genre]]
+        items = [item for item in index(genres)["items"] if item["genre"] == [genre]]
         split = Counter(item["split"] for item in items)
         assert abs(split["train"] - train) <= 1 and split["valid"] + split["test"] >= 1
 
@@ -51,9 +51,9 @@ def test_other_files_are_skipped_and_broken_ones_reported(genres, capsys):
     (genres / "in" / "rock" / "cover.jpg").write_bytes(b"x")
     (genres / "in" / "jazz" / "album 0" / "broken.mp3").write_bytes(b"x" * 1000)
     assert of_folder(genres) == 3
-    said = capsys.readouterr().out
-    assert "skipped 1 files" in said and "broken.mp3: not audio" in said
-    assert len(found(genres)["items"]) == 18
+    output = capsys.readouterr().out
+    assert "skipped 1 files" in output and "broken.mp3: not audio" in output
+    assert len(index(genres)["items"]) == 18
 
 
 def test_mixed_formats(tmp_path):
@@ -63,7 +63,7 @@ def test_mixed_formats(tmp_path):
             (tmp_path / "in" / genre).mkdir(parents=True, exist_ok=True)
             encode(tmp_path / "in" / genre / f"{k}{name}", tone(440, 48000, 5), 48000, codec)
     sf.write(tmp_path / "in" / "x" / "b.WAV", tone(440, 16000, 5), 16000, format="WAV")
-    assert of_folder(tmp_path) == 0 and len(found(tmp_path)["items"]) == 11
+    assert of_folder(tmp_path) == 0 and len(index(tmp_path)["items"]) == 11
 
 
 def test_folders_train_valid_and_test_are_splits(tmp_path):
@@ -71,36 +71,37 @@ def test_folders_train_valid_and_test_are_splits(tmp_path):
         for genre in "ab":
             sound(tmp_path / "in" / split / genre / "0.wav")
     assert of_folder(tmp_path) == 0
-    split = {item["name"].split("/")[0]: item["split"] for item in found(tmp_path)["items"]}
+    split = {item["name"].split("/")[0]: item["split"] for item in index(tmp_path)["items"]}
     assert split == {"train": "train", "Val": "valid", "test": "test"}
-    assert found(tmp_path)["classes"] == {"genre": ["a", "b"]}
+    assert index(tmp_path)["classes"] == {"genre": ["a", "b"]}
     sound(tmp_path / "in" / "extra" / "a" / "0.wav")
-    assert "extra a class?" in of_folder(tmp_path)
+    assert "extra" in of_folder(tmp_path)
 
 
 def test_class_may_be_named_like_a_split(tmp_path):
     for genre in ("training", "sleep"):
         sound(tmp_path / "in" / genre / "0.wav")
     assert of_folder(tmp_path) == 0
-    assert found(tmp_path)["classes"] == {"genre": ["sleep", "training"]}
+    assert index(tmp_path)["classes"] == {"genre": ["sleep", "training"]}
 
 
 def test_folders_without_classes_are_refused(genres):
     (genres / "up").mkdir()
     shutil.copytree(genres / "in", genres / "up" / "all")
-    assert "have the class all" in own(genres, f"--path={genres / 'up'}")
+    assert "['all'] in 18 audio files" in own(genres, f"--path={genres / 'up'}")
     sound(genres / "in" / "loose.wav")
     assert "loose.wav has no class" in of_folder(genres)
     (genres / "empty").mkdir()
-    assert "no audio files" in own(genres, f"--path={genres / 'empty'}")
+    assert "[] in 0 audio files" in own(genres, f"--path={genres / 'empty'}")
     assert "is not a folder" in own(genres, f"--path={genres / 'nowhere'}")
-    assert "give --path=FOLDER" in own(genres)
+    assert "no --path=FOLDER" in own(genres)
     assert "give --csv=FILE" in of_folder(genres, "--group=artist")
 
 
 def test_error_names_the_reason_if_no_file_is_usable(genres):
     answer = of_folder(genres, "--min_seconds=6")
-    assert "none of 18 files is usable, such as jazz/album 0/00.flac (is too short" in answer
+    for fact in ("18 files", "jazz/album 0/00.flac", "too short", "--min_seconds=6"):
+        assert fact in answer
 
 
 def test_file_in_two_classes_is_refused(genres):
@@ -113,7 +114,7 @@ def test_dangling_links_are_left_out(genres):
     (genres / "in" / "rock" / "gone.wav").symlink_to("nowhere")
     (genres / "in" / "rock" / "circle.wav").symlink_to("circle.wav")
     assert of_folder(genres) == 3
-    assert {e["name"]: e["reason"] for e in found(genres)["left_out"]} == {
+    assert {e["name"]: e["reason"] for e in index(genres)["left_out"]} == {
         "rock/gone.wav": "not found", "rock/circle.wav": "not found"}
 
 
@@ -121,7 +122,7 @@ def test_unusual_file_names(genres):
     for k, name in enumerate(("-new\nline \udcff.wav", "日本語 🎵.wav", "Ba$$in.wav")):
         sound(genres / "a.wav", seed=k)
         (genres / "a.wav").rename(genres / "in" / "rock" / name)
-    assert of_folder(genres) == 0 and len(found(genres)["items"]) == 21
+    assert of_folder(genres) == 0 and len(index(genres)["items"]) == 21
 
 
 def test_class_names_are_in_composed_unicode(tmp_path):
@@ -129,13 +130,13 @@ def test_class_names_are_in_composed_unicode(tmp_path):
         sound(tmp_path / "in" / unicodedata.normalize(form, "café") / f"{k}.wav", seed=k)
     sound(tmp_path / "in" / "bar" / "0.wav")
     assert of_folder(tmp_path) == 0
-    assert found(tmp_path)["classes"]["genre"] == ["bar", unicodedata.normalize("NFC", "café")]
+    assert index(tmp_path)["classes"]["genre"] == ["bar", unicodedata.normalize("NFC", "café")]
 
 
 def test_silent_clips_are_left_out(genres):
     sf.write(genres / "in" / "rock" / "silent.flac", np.zeros(16000 * 5), 16000)
     assert of_folder(genres) == 3
-    assert [e["reason"] for e in found(genres)["left_out"]] == ["is silent"]
+    assert [e["reason"] for e in index(genres)["left_out"]] == ["is silent"]
 
 
 # -----------------------------------------------------------------------------
@@ -158,12 +159,12 @@ def test_table_with_tags_and_groups(clips):
     raw = "\r\n".join(["\ufeffpath;label;artist", *lines, ""]).encode()
     (clips / "in" / "own.csv").write_bytes(raw)
     assert own(clips, f"--csv={clips / 'in' / 'own.csv'}", "--separator=|") == 0
-    assert found(clips)["classes"] == {"tags": ["calm", "loud", "warm"]}
-    assert found(clips)["multilabel"] == ["tags"]
-    split = {item["name"]: item["split"] for item in found(clips)["items"]}
+    assert index(clips)["classes"] == {"tags": ["calm", "loud", "warm"]}
+    assert index(clips)["multilabel"] == ["tags"]
+    split = {item["name"]: item["split"] for item in index(clips)["items"]}
     assert all(split[f"{k}.wav"] == split[f"{k + 1}.wav"] for k in range(0, 20, 2))
     assert len(set(split.values())) == 3
-    tags = {item["name"]: item["tags"] for item in found(clips)["items"]}
+    tags = {item["name"]: item["tags"] for item in index(clips)["items"]}
     assert tags["3.wav"] == [0, 2]
     Clips(Prepared(str(clips / "out" / "mine"), "clips"), "train", "tags")
 
@@ -173,8 +174,8 @@ def test_table_with_splits(clips):
     lines = [f"{clips}/in/{k}.wav,{'a' if k % 3 else 'b'},{names[k % 3]}" for k in range(20)]
     option = table(clips, ["path,label,split", *lines, "gone.wav,a,test"])
     assert own(clips, option) == 3
-    assert [e["name"] for e in found(clips)["left_out"]] == ["gone.wav"]
-    for item in found(clips)["items"]:
+    assert [e["name"] for e in index(clips)["left_out"]] == ["gone.wav"]
+    for item in index(clips)["items"]:
         number = int(item["name"].split("/")[-1][:-4])
         assert item["split"] == SPLITS[number % 3]
 
@@ -183,19 +184,18 @@ def test_table_with_folds_and_another_label_column(clips):
     lines = [f"{k}.wav,{'ab'[k % 2]},calm|{'cd'[k % 2]},{k % 4}" for k in range(20)]
     option = table(clips, ["path,genre,mood,fold", *lines])
     assert own(clips, option, "--label=Mood", "--separator=|") == 0
-    assert found(clips)["classes"] == {"tags": ["c", "calm", "d"]}
-    split = {item["name"]: item["split"] for item in found(clips)["items"]}
+    assert index(clips)["classes"] == {"tags": ["c", "calm", "d"]}
+    split = {item["name"]: item["split"] for item in index(clips)["items"]}
     assert split["0.wav"] == "test" and split["5.wav"] == "valid" and split["2.wav"] == "train"
     assert own(clips, option, "--label=genre", name="genre") == 0
-    assert found(clips, "genre")["classes"] == {"genre": ["a", "b"]}
+    assert index(clips, "genre")["classes"] == {"genre": ["a", "b"]}
 
 
 def test_artist_in_two_folds_is_noted(clips, capsys):
     """Folds 2 and 3 are both in the train split of a prepared folder."""
     lines = [f"{k}.wav,{'ab'[k % 2]},{'x' if k in (2, 3) else k},{k % 4}" for k in range(20)]
     assert own(clips, table(clips, ["path,label,artist,fold", *lines])) == 0
-    assert "note: 1 groups (artists, albums) have clips in more than one split or fold" in (
-        capsys.readouterr().out)
+    assert "note: 1 groups" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, message", [
@@ -229,14 +229,14 @@ def test_wrong_separator_is_refused(clips, capsys):
 def test_first_filled_group_column_is_used(clips, capsys):
     lines = [f"{k}.wav,{'ab'[k % 2]},,album {k // 4}" for k in range(20)]
     assert own(clips, table(clips, ["path,label,artist,album", *lines])) == 0
-    homes = {(item["group"], item["split"]) for item in found(clips)["items"]}
+    homes = {(item["group"], item["split"]) for item in index(clips)["items"]}
     assert len(homes) == 5
     lines = [f"{line},{SPLITS[k % 3]}" for k, line in enumerate(lines)]
     assert own(clips, table(clips, ["path,label,artist,album,split", *lines])) == 0
-    said = capsys.readouterr().out
-    assert "5 groups (artists, albums) have clips in more than one split" in said
+    output = capsys.readouterr().out
+    assert "note: 5 groups" in output
     answer = own(clips, table(clips, ["path,label", *lines[:0], "0.wav,a"]), "--group=composer")
-    assert "no column 'composer'" in answer
+    assert "label and composer" in answer
 
 
 def test_labels_change_without_decoding(clips, capsys):
@@ -245,13 +245,13 @@ def test_labels_change_without_decoding(clips, capsys):
     lines = [f"{k}.wav,{'xyz'[k % 3]}" for k in range(20)]
     option = table(clips, ["path,label", *lines])
     assert own(clips, option) == 0
-    said = capsys.readouterr().out
-    assert "nothing new to decode" in said and "have changed since the last run" in said
-    assert found(clips)["classes"]["genre"] == ["x", "y", "z"]
+    output = capsys.readouterr().out
+    assert "nothing new to decode" in output and "have changed since the last run" in output
+    assert index(clips)["classes"]["genre"] == ["x", "y", "z"]
     (clips / "in" / "3.wav").unlink()  # its audio stays
-    assert own(clips, option) == 0 and len(found(clips)["items"]) == 20
+    assert own(clips, option) == 0 and len(index(clips)["items"]) == 20
     (clips / "in" / "own.csv").unlink()
-    assert own(clips, option) == 0 and len(found(clips)["items"]) == 20
+    assert own(clips, option) == 0 and len(index(clips)["items"]) == 20
 
 
 def test_paths_in_the_spelling_of_another_system_are_found(tmp_path):
@@ -261,4 +261,4 @@ def test_paths_in_the_spelling_of_another_system_are_found(tmp_path):
     accent = unicodedata.normalize("NFC", "é")
     lines = [f"{accent}/0.wav,x", f"{accent}\\1.wav,y", "B/0.WAV,x", "b\\1.wav,y"]
     assert own(tmp_path, table(tmp_path, ["path,label", *lines])) == 0
-    assert len(found(tmp_path)["items"]) == 4
+    assert len(index(tmp_path)["items"]) == 4

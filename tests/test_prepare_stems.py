@@ -50,10 +50,10 @@ def test_songs_without_splits_get_8_1_1(songs):
 
 def test_missing_stem_is_silence_and_missing_mixture_is_the_sum(songs):
     assert own(songs) == 0
-    data, found = read(songs / "out" / "stems")
-    assert not data.read(found["song 3"], "bass").any()
+    data, items = read(songs / "out" / "stems")
+    assert not data.read(items["song 3"], "bass").any()
     for name, is_sum in (("song 2", True), ("song 3", True), ("song 0", False)):
-        mixture, item = data.read(found[name], "mixture"), found[name]
+        mixture, item = data.read(items[name], "mixture"), items[name]
         error = np.abs(mixture - sum(data.read(item, stem) for stem in STEMS)).max()
         assert (error < 3 / 32768) == is_sum
 
@@ -72,13 +72,14 @@ def test_reasons_why_a_folder_is_not_a_song(songs):
     (songs / "in" / "cut" / "drums.wav").write_bytes(whole[:100_000])
     assert own(songs) == 3
     left_out = index_of(songs / "out" / "stems")["left_out"]
-    hint = "rename that to a stem, or move it away"
-    assert {entry["name"]: entry["reason"] for entry in left_out} == {
-        "only": "has a mixture, but no stems", "twice": "has two files for bass",
-        "typo": f"has no drums, bass, other, vocals, but voice.wav: {hint}",
-        "nearly": f"has no drums, other, vocals, but vocal.wav: {hint}",
-        "cut": "drums.wav: truncated after 3.1 s; track lengths differ by up to 3.9 s",
-        "broken": "drums.wav: not audio that FFmpeg can read"}
+    reasons = {entry["name"]: entry["reason"] for entry in left_out}
+    facts = {"only": ["no stems"], "twice": ["bass"],
+             "typo": ["no drums, bass, other, vocals", "voice.wav"],
+             "nearly": ["no drums, other, vocals", "vocal.wav"],
+             "cut": ["drums.wav", "3.1 s", "3.9 s"], "broken": ["drums.wav", "not audio"]}
+    assert reasons.keys() == facts.keys()
+    for name, words in facts.items():
+        assert all(word in reasons[name] for word in words), reasons[name]
 
 
 def test_tag_after_the_samples_of_a_stem_is_not_audio(songs):
@@ -101,12 +102,12 @@ def test_changed_stem_is_decoded_again(songs):
     sound(songs / "in" / "song 5" / "drums.wav", 7, seed=1234)
     shutil.rmtree(songs / "in" / "song 6")
     assert own(songs) == 0
-    data, found = read(songs / "out" / "stems")
-    assert len(found) == 9
+    data, items = read(songs / "out" / "stems")
+    assert len(items) == 9
     assert prepare(songs / "fresh", "stems", f"--path={songs / 'in'}") == 0
     fresh, again = read(songs / "fresh" / "stems")
     for track in TRACKS:
-        assert np.array_equal(data.read(found["song 5"], track), fresh.read(again["song 5"], track))
+        assert np.array_equal(data.read(items["song 5"], track), fresh.read(again["song 5"], track))
 
 
 def test_either_all_songs_or_none_are_in_split_folders(songs):
@@ -139,11 +140,11 @@ def musdb18(root, *args):
 
 def test_musdb_hq_has_the_validation_songs_of_the_musdb_package(hq, capsys):
     assert musdb18(hq) == 3
-    found = read(hq / "out" / "musdb")[1]
-    assert {name: item["split"] for name, item in found.items()} == {
+    items = read(hq / "out" / "musdb")[1]
+    assert {name: item["split"] for name, item in items.items()} == {
         "Test - Song": "test", "Actions - One Minute Smile": "valid", "Other - Song": "train",
         "Some - Song": "train"}
-    assert "NOT COMPLETE: 2 / 1 / 1 instead of 86 / 14 / 50 songs" in capsys.readouterr().out
+    assert "2 / 1 / 1 instead of 86 / 14 / 50" in capsys.readouterr().out
 
 
 def pack(root):
@@ -164,8 +165,8 @@ def test_incomplete_song_is_read_from_the_archive_or_left_out(hq):
     left_out = index_of(hq / "out" / "musdb")["left_out"]
     assert [(entry["name"], entry["reason"]) for entry in left_out] == [
         ("Lost - Song", "has no mixture, bass, other, vocals")]
-    data, found = read(hq / "out" / "musdb")
-    assert data.read(found["Some - Song"], "vocals").any()
+    data, items = read(hq / "out" / "musdb")
+    assert data.read(items["Some - Song"], "vocals").any()
 
 
 def test_truncated_copy_of_a_packed_stem_is_refused(hq):
@@ -174,7 +175,7 @@ def test_truncated_copy_of_a_packed_stem_is_refused(hq):
     (hq / "in" / "train").rename(hq / "in" / "x" / "train")
     cut = hq / "in" / "x" / "train" / "Other - Song" / "vocals.wav"
     cut.write_bytes(cut.read_bytes()[:60000])
-    assert "Other - Song has two copies of different size" in musdb18(hq)
+    assert "Other - Song has two copies" in musdb18(hq)
 
 
 def test_stem_files_are_read_without_an_ffmpeg_program(tmp_path, monkeypatch):
@@ -185,12 +186,12 @@ def test_stem_files_are_read_without_an_ffmpeg_program(tmp_path, monkeypatch):
     (tmp_path / "in" / "train" / "broken.stem.mp4").write_bytes(b"x" * 1000)
     monkeypatch.setenv("PATH", os.path.join(os.sep, "nonexistent"))
     assert musdb18(tmp_path) == 3
-    data, found = read(tmp_path / "out" / "musdb")
-    assert len(found) == 4
+    data, items = read(tmp_path / "out" / "musdb")
+    assert len(items) == 4
     entries = index_of(tmp_path / "out" / "musdb")["left_out"]
     assert [entry["name"] for entry in entries] == ["broken"]
     for k, track in enumerate(TRACKS):
-        wave = data.read(found["Test - Song"], track)[2000:100_000]
+        wave = data.read(items["Test - Song"], track)[2000:100_000]
         loudness = np.sqrt(2 * np.mean(wave ** 2))
         assert loudness == pytest.approx(0.375 / (k + 1), rel=0.05)
 
@@ -198,7 +199,7 @@ def test_stem_files_are_read_without_an_ffmpeg_program(tmp_path, monkeypatch):
 def test_musdb_hq_and_previews_are_not_mixed(hq):
     assert musdb18(hq) == 3
     answer = musdb18(hq, "--download=True")
-    assert "has MUSDB18-HQ, not MUSDB18, previews of 7 seconds" in answer
+    assert "MUSDB18-HQ" in answer and "previews" in answer
 
 
 def test_url_of_the_previews():

@@ -121,9 +121,9 @@ def test_result_does_not_depend_on_the_number_of_workers(many, tmp_path):
 
 def test_full_disk_is_reported_and_resumed_from(many, tmp_path):
     process = start(tmp_path, many / "in", limit=3_000_000)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1 and "File too large" in said and str(tmp_path) in said
-    assert "resumes" in said and "Traceback" not in said
+    _, output = process.communicate(timeout=120)
+    assert process.returncode == 1 and "File too large" in output and str(tmp_path) in output
+    assert "resumes" in output and "Traceback" not in output
     assert 5 < lines_in(tmp_path) < 43
     assert prepare(tmp_path, "folder", f"--path={many / 'in'}") == 3
     assert bytes_of(tmp_path / "folder") == bytes_of(many / "whole" / "folder")
@@ -138,16 +138,16 @@ def test_ctrl_c_does_not_wait_for_a_hanging_decoder(tmp_path):
     wait_for(process, tmp_path, 2)
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert "interrupted" in said and process.returncode == 1
+    _, output = process.communicate(timeout=30)
+    assert "interrupted" in output and process.returncode == 1
     assert time.monotonic() - began < 15
 
 
 def test_second_process_is_refused(many, tmp_path):
     with store.locked(str(tmp_path / "folder")):
         process = start(tmp_path, many / "in")
-        _, said = process.communicate(timeout=60)
-    assert ".folder.lock" in said and process.returncode == 1
+        _, output = process.communicate(timeout=60)
+    assert ".folder.lock" in output and process.returncode == 1
 
 
 # -----------------------------------------------------------------------------
@@ -158,9 +158,9 @@ def test_unchanged_files_are_not_decoded_again(done, capsys):
     index = json.loads((done / "out" / "folder" / "index.json").read_text())
     capsys.readouterr()
     assert again(done) == 3
-    said = capsys.readouterr().out
-    assert "nothing new to decode" in said and "class 1 10 / 2 / 1" in said
-    assert "have changed since" not in said
+    output = capsys.readouterr().out
+    assert "nothing new to decode" in output and "class 1 10 / 2 / 1" in output
+    assert "have changed since" not in output
     assert index_of(done / "out" / "folder")["items"] == index["items"]
     assert (done / "out" / "folder" / "audio.int16").stat().st_mtime_ns == before["audio.int16"]
 
@@ -172,12 +172,12 @@ def test_new_repaired_and_changed_files_are_decoded(done, capsys):
     os.utime(done / "in" / "class 0" / "00.flac")                   # touched: decoded again
     capsys.readouterr()
     assert again(done) == 3
-    said = capsys.readouterr().out
-    assert "3 files have changed" in said and "have changed since the last run" in said
-    found = samples_of(done / "out" / "folder")
+    output = capsys.readouterr().out
+    assert "3 files have changed" in output and "have changed since the last run" in output
+    samples = samples_of(done / "out" / "folder")
     assert prepare(done / "fresh", "folder", f"--path={done / 'in'}") == 3
-    assert found == samples_of(done / "fresh" / "folder")
-    assert found["class 2/02.flac"][0]["length"] == 9 * 16000
+    assert samples == samples_of(done / "fresh" / "folder")
+    assert samples["class 2/02.flac"][0]["length"] == 9 * 16000
 
 
 def test_splits_and_min_seconds_change_without_decoding(done, capsys):
@@ -197,17 +197,17 @@ def test_splits_and_min_seconds_change_without_decoding(done, capsys):
 def test_deleted_clips_are_no_longer_listed(done):
     (done / "in" / "class 1" / "01.flac").unlink()
     assert again(done) == 3
-    found = samples_of(done / "out" / "folder")
-    assert len(found) == 39 and "class 1/01.flac" not in found
+    samples = samples_of(done / "out" / "folder")
+    assert len(samples) == 39 and "class 1/01.flac" not in samples
 
 
 def test_prepared_data_can_be_split_again_without_the_files(done, capsys):
     names = {i["name"] for i in index_of(done / "out" / "folder")["items"]}
     shutil.rmtree(done / "in")
     assert again(done, "--shares=0.5,0.25,0.25") == 3
-    found = index_of(done / "out" / "folder")["items"]
-    assert {i["name"] for i in found} == names
-    assert sum(i["split"] == "train" for i in found) == 20
+    items = index_of(done / "out" / "folder")["items"]
+    assert {i["name"] for i in items} == names
+    assert sum(i["split"] == "train" for i in items) == 20
     assert "keeps the clips and labels of the last run" in capsys.readouterr().out
 
 
@@ -220,10 +220,16 @@ def test_damaged_index_is_rewritten(done):
 
 def test_overwrite_decodes_again(done, many):
     (done / "out" / "folder" / "audio.int16").write_bytes(b"damaged")
-    assert "shorter than its journal says" in again(done)
+    assert "audio.int16 is shorter" in again(done)
     assert again(done, "--overwrite=True") == 3
     whole = bytes_of(many / "whole" / "folder")
     assert (done / "out" / "folder" / "audio.int16").read_bytes() == whole["audio.int16"]
+
+
+def test_overwrite_keeps_audio_whose_files_are_gone(done):
+    shutil.rmtree(done / "in")
+    assert "is not a folder" in again(done, "--overwrite=True")
+    assert len(samples_of(done / "out" / "folder")) == 40
 
 
 def test_readers_ignore_appended_audio(done):
@@ -247,7 +253,7 @@ def test_other_folders_and_files_are_not_touched(many, tmp_path):
     assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
     (tmp_path / "file").write_text("x")
     answer = prepare(tmp_path, "folder", f"--path={many / 'in'}", "--name=file")
-    assert "is not prepared data" in answer
+    assert "Not a directory" in answer
 
 
 def test_audio_of_two_sources_is_not_mixed(done, tmp_path):
@@ -289,10 +295,10 @@ def test_truncated_file_gives_exit_status_3(tmp_path, capsys):
     cut = tmp_path / "in" / "a" / "1.flac"
     cut.write_bytes(cut.read_bytes()[:cut.stat().st_size // 2])
     assert prepare(tmp_path, "folder", f"--path={tmp_path / 'in'}", "--workers=1") == 3
-    said = capsys.readouterr().out
-    assert "DAMAGED: 1 files" in said and "such as a/1.flac" in said
+    output = capsys.readouterr().out
+    assert "DAMAGED: 1 files" in output and "such as a/1.flac" in output
     assert len(index_of(tmp_path / "folder")["items"]) == 6
 
 
 def test_one_dataset_must_be_named():
-    assert "name one dataset" in run("prepare_data.py", "demos", ok=False)
+    assert "'demos'" in run("prepare_data.py", "demos", ok=False)

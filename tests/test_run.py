@@ -1,11 +1,13 @@
 """
 The files of a run: nothing is overwritten unasked, and only equal runs are resumed.
 """
+import importlib.util
 import json
 import os
 
 import pytest
 import torch
+from conftest import SEP, run
 
 from common import run as runs
 
@@ -37,16 +39,22 @@ def test_an_existing_run_is_not_overwritten(tmp_path, name):
 
 
 def test_a_broken_link_is_not_overwritten(tmp_path):
-    (tmp_path / "a.pt").symlink_to("nowhere")
-    with pytest.raises(SystemExit, match="a.pt exists"):
-        runs.Run(str(tmp_path / "a.pt"), False, False)
+    (tmp_path / "a.jsonl").symlink_to("nowhere")
+    for overwrite in (False, True):
+        with pytest.raises(SystemExit, match="a.jsonl is a broken link"):
+            runs.Run(str(tmp_path / "a.pt"), False, overwrite)
 
 
-def test_impossible_paths_are_refused(tmp_path):
+def test_an_impossible_path_is_refused(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(OSError):
         runs.Run(str(tmp_path / "file" / "a.pt"), False, False)
-    with pytest.raises(SystemExit, match=".pt"):
+
+
+def test_the_ending_of_a_checkpoint_is_added(tmp_path):
+    assert runs.Run(str(tmp_path / "a"), False, False).out == str(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_text("")
+    with pytest.raises(SystemExit, match="a.pt exists"):
         runs.Run(str(tmp_path / "a"), False, False)
 
 
@@ -97,7 +105,7 @@ def test_other_settings_data_or_weights_are_not_resumed(tmp_path, key, value, wo
 
 @pytest.mark.parametrize("before", [None, False, True])
 @pytest.mark.parametrize("now", [False, True])
-def test_a_fused_optimizer_is_not_resumed_as_one(before, now):
+def test_a_resumed_optimizer_is_fused_as_its_device_needs(before, now):
     net = torch.nn.Linear(3, 1, bias=False)
     torch.nn.init.ones_(net.weight)
     net.weight.grad = torch.ones(1, 3)
@@ -190,3 +198,27 @@ def test_a_missing_log_is_noted(tmp_path, capsys):
 def test_an_unknown_tracker_is_refused(tmp_path):
     with pytest.raises(SystemExit, match="track must be one of"):
         runs.tracker("paper", str(tmp_path / "a.pt"), {}, 0)
+
+
+# -----------------------------------------------------------------------------
+# tensorboard and wandb
+
+def test_missing_tracker_is_refused_before_training(demo, tmp_path):
+    args = ["pretrain_sep.py", "config/vocals.py", *SEP, f"--data={demo}/demo_songs", "--steps=2",
+            f"--out={tmp_path}/a.pt"]
+    assert "track" in run(*args, "--track=paper", ok=False)
+    if importlib.util.find_spec("wandb") is None:
+        assert "pip install wandb" in run(*args, "--track=wandb", ok=False)
+        assert not (tmp_path / "a.jsonl").exists()
+
+
+def test_tensorboard_has_the_numbers_of_the_log(demo, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    run("pretrain_sep.py", "config/vocals.py", *SEP, f"--data={demo}/demo_songs", "--steps=4",
+        f"--out={tmp_path}/a.pt", "--track=tensorboard")
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    board = EventAccumulator(str(tmp_path / "a")).Reload()
+    for key in ("loss", "val_loss", "lr"):
+        logged = [(line["step"], pytest.approx(line[key])) for line in lines if key in line]
+        assert [(event.step, event.value) for event in board.Scalars(key)] == logged

@@ -41,14 +41,15 @@ def test_precedence_of_command_line_config_files_and_defaults(tmp_path):
     ("--sources=vocals,bass", "sources", ["vocals", "bass"]), ("--compile=False", "compile", False),
     ("--out=a=b.pt", "out", "a=b.pt"), ("--out=~/b.pt", "out", os.path.expanduser("~/b.pt"))])
 def test_values_have_the_type_of_the_default(option, key, value):
-    found = configure(option)[key]
-    assert found == value and type(found) is type(value)
+    configured = configure(option)[key]
+    assert configured == value and type(configured) is type(value)
 
 
 @pytest.mark.parametrize("option, words", [
     ("--batchsize=4", "did you mean 'batch_size'"), ("--steps=many", "int"), ("--steps", "--key="),
-    ("--compile=1", "True or False"), ("missing.py", "no config file"), ("--steps=1.5", "int"),
-    ("--widths=a,b", "widths must be int"), ("--widths=1.5,2", "int"), ("-steps=3", "--key=value")])
+    ("--compile=1", "True or False"), ("missing.py", "config file missing.py"),
+    ("missing", "--key=value"), ("--steps=1.5", "int"), ("--widths=a,b", "widths must be int"),
+    ("--widths=1.5,2", "int"), ("-steps=3", "--key=value")])
 def test_invalid_options_are_one_line_errors(option, words):
     with pytest.raises(SystemExit) as e:
         configure(option)
@@ -99,9 +100,9 @@ def test_replacements_of_moved_keys_exist():
 
 
 def test_settings_are_imported_without_torch_and_numpy():
-    said, _ = python("import sys\nfrom common import download, files, settings\n"
+    output, _ = python("import sys\nfrom common import download, files, settings\n"
                      "print({'torch', 'numpy'} & set(sys.modules))")
-    assert said == "set()\n"
+    assert output == "set()\n"
 
 
 # -----------------------------------------------------------------------------
@@ -117,18 +118,18 @@ def test_settings_are_imported_without_torch_and_numpy():
 def test_errors_of_the_machine_are_one_line(body, words):
     code = f"from common import settings\nbatch_size = workers = 1\ndef main():\n    {body}\n"
     code += "settings.script(main)"
-    said, status = python(code)
-    assert words in said and "Traceback" not in said and status == 1
+    output, status = python(code)
+    assert words in output and "Traceback" not in output and status == 1
 
 
 def test_bugs_keep_their_traceback():
     code = "from common import settings\ndef main():\n    {}['x']\nsettings.script(main)"
-    said, status = python(code)
-    assert "Traceback" in said and status == 1
+    output, status = python(code)
+    assert "Traceback" in output and status == 1
 
 
 def test_console_with_a_limited_encoding():
     code = "from common import settings\ndef main():\n    print('日本 \\udcff é')\n    return 3\n"
     code += "settings.script(main)"
-    said, status = python(code, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
-    assert "\\u65e5" in said and status == 3
+    output, status = python(code, PYTHONIOENCODING="cp1252", PYTHONUTF8="0")
+    assert "\\u65e5" in output and status == 3

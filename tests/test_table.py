@@ -117,7 +117,7 @@ def reverse_clips(path):
     ("json", lambda r: r["config"].update(trained_on="x"), "demo_clips"),
     ("json", lambda r: r.update(tested_on="x"), "demo_clips"),
     ("json", lambda r: r["config"]["started_from"].update(init="x"), "vocals.pt"),
-    ("json", lambda r: r.update(split="valid"), "test split"),
+    ("json", lambda r: r.update(split="valid"), "'valid'"),
     ("npz", lambda path: path.write_bytes(b"PK"), "tags-joined-labels0.5-seed2.npz"),
     ("npz", reverse_clips, "clips or labels")])
 def test_results_that_do_not_match_are_refused(
@@ -146,7 +146,7 @@ def test_jobs_are_ordered_by_what_they_need(monkeypatch):
     assert f"--init={os.path.join('my folder', 'runs', 'a.pt')}" in jobs[1].arguments
     assert jobs[1].arguments[-3:] == ["--seed=3", "--label_fraction=1.0", "--fold=0"]
     monkeypatch.setattr(table, "rows", {"b": "--tail={c}", "c": "--tail={b}"})
-    with pytest.raises(SystemExit, match="rows.*: b, c"):
+    with pytest.raises(ValueError, match="cycle.*tags-b-fold0-seed3"):
         table.cell_jobs(("tags", 1.0, 0, 3), [])
 
 
@@ -172,7 +172,7 @@ def test_stopped_table_resumes_to_the_same_scores(finished, config, tmp_path):
     np.testing.assert_array_equal(ours["scores"], theirs["scores"])
 
 
-def test_folder_is_locked_while_a_run_of_a_killed_table_goes_on(config, tmp_path):
+def test_folder_is_locked_while_a_run_of_a_killed_table_is_alive(config, tmp_path):
     process = subprocess.Popen([sys.executable, "table.py", config, f"--out={tmp_path}"],
                                cwd=ROOT, stdout=subprocess.DEVNULL)
     while not list(tmp_path.glob("runs/*.log")):
@@ -212,7 +212,7 @@ def test_failed_run_stops_only_those_that_need_it(config, tmp_path):
 
 @pytest.mark.parametrize("option, message", [
     ("--rows={}", "rows"), ("--jobs=-1", "jobs"), ("--rows={'a/b': ''}", "'a/b'"),
-    ("--rows={1: ''}", "file name"), ("--rows={'a': '--init={bass}'}", "'bass'"),
+    ("--rows={1: ''}", "letters"), ("--rows={'a': '--init={bass}'}", "'bass'"),
     ("--rows={'a': '\"'}", "No closing quotation"), ("--rows={'a': None}", "a: None"),
     ("--labels={0.5: None}", "0.5: None"), ("--labels={2.0: ''}", "labels must be"),
     ("--labels={0.0: ''}", "labels must be"), ("--seeds=3,3", "seeds must be"),

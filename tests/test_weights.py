@@ -78,13 +78,13 @@ def test_other_files_are_refused(tmp_path):
 def test_other_safetensors_are_refused(tmp_path, raw):
     pytest.importorskip("safetensors")
     (tmp_path / "a.safetensors").write_bytes(raw)
-    with pytest.raises(ValueError, match="a.safetensors is not a checkpoint"):
+    with pytest.raises(ValueError, match="a.safetensors"):
         weights.load(tmp_path / "a.safetensors")
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"kind": os.system, "args": {}, "model": {}}, tmp_path / "evil.pt")
-    with pytest.raises(ValueError, match="evil.pt is not a checkpoint"):
+    with pytest.raises(ValueError, match="evil.pt"):
         weights.load(tmp_path / "evil.pt")
 
 
@@ -100,10 +100,12 @@ def test_names_of_checkpoints():
 def test_load_matching(capsys):
     net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 3))
     state = {"0.weight": torch.eye(2), "0.bias": torch.zeros(2)}
-    weights.load_matching(net, state, "a.pt", ["1."])
+    weights.load_matching(net, state, "a.pt", ["1.*"])
     assert torch.equal(net[0].weight, torch.eye(2))
     assert "2 of 4 tensors from a.pt, 2 new" in capsys.readouterr().out
     wrong = {"0.weight": torch.ones(2, 3), "1.weight": torch.ones(3, 2), "2.bias": torch.ones(1)}
+    with pytest.raises(ValueError, match="a.pt .*2 missing .0.weight, 0.bias"):      # whole names
+        weights.load_matching(net, {"1.weight": net[1].weight}, "a.pt", ["1.bias", "weight", "0"])
     with pytest.raises(ValueError, match=r"a.pt .*2 missing \(0.bias, 1.bias\).*1 unexpected "
                                          r"\(2.bias\).*1 of another shape \(0.weight \(2, 3\)"):
         weights.load_matching(net, wrong, "a.pt")
@@ -207,8 +209,8 @@ def test_vit_positions_are_interpolated_over_time_and_mel():
 
 def test_vit_of_another_size_is_refused(tmp_path):
     w = fake_vit(tmp_path / "v.npz")
-    for size, message in (((8, DEPTH, HEADS), "another shape"), ((D, DEPTH + 1, HEADS), "block_5"),
-                          ((D, DEPTH, 4), "2 heads"), ((D, 3, HEADS), "more than 3 layers")):
+    for size, message in (((8, DEPTH, HEADS), "another shape"), ((D, DEPTH + 1, HEADS), "5 layers"),
+                          ((D, DEPTH, 4), "2 heads"), ((D, 3, HEADS), "5 layers")):
         with pytest.raises(ValueError, match=f"v.npz.*transformer={size[0]},{size[1]}.*{message}"):
             load_vit(transformer(size=size), tmp_path / "v.npz")
     np.savez(tmp_path / "v.npz", **{**w, "cls": np.full_like(w["cls"], np.nan)})
@@ -219,5 +221,5 @@ def test_vit_of_another_size_is_refused(tmp_path):
 @pytest.mark.parametrize("raw", [b"", b"PK\x03\x04" + bytes(100), b"\x93NUMPY" + bytes(100)])
 def test_damaged_npz_is_refused(tmp_path, raw):
     (tmp_path / "v.npz").write_bytes(raw)
-    with pytest.raises(ValueError, match="v.npz is not a ViT for"):
+    with pytest.raises(ValueError, match="v.npz"):
         load_vit(transformer(), tmp_path / "v.npz")

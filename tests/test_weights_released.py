@@ -9,8 +9,17 @@ import re
 
 import pytest
 import torch
-from conftest import NARROW, REAL, SHARED, TAIL, Server, needs_real, noise, randomise
-from conftest import write_tensorflow as write
+from conftest import (
+    NARROW,
+    REAL,
+    SHARED,
+    TAIL,
+    Server,
+    needs_real,
+    noise,
+    randomise,
+    write_tensorflow as write,
+)
 
 import model
 import weights
@@ -58,9 +67,9 @@ def test_downloads_once_and_loads(folder, name):
     wave = noise(1, model.CROP)
     with torch.no_grad():
         assert torch.equal(net(wave), NETS[name](wave))
-    requests = len(Server.seen)
+    requests = len(Server.requests)
     weights.load(f"released:{name}")
-    assert requests == len(Server.seen) > 0
+    assert requests == len(Server.requests) > 0
 
 
 def test_sources_and_classes(folder):
@@ -110,7 +119,7 @@ def test_interrupted_download_resumes(folder, checkpoints, monkeypatch):
     monkeypatch.setitem(released.BLOBS, "multisource", (released.BLOBS["multisource"][0], blob))
     Server.mood[place] = ["drop"]
     weights.load("released:multisource")
-    assert [wanted for command, name, wanted in Server.seen if name == place] == [
+    assert [wanted for command, name, wanted in Server.requests if name == place] == [
         None, None, "bytes=300000-"]
 
 

@@ -54,9 +54,9 @@ def test_outputs_equal_those_of_the_original_graphs(name, tmp_path):
     ("downstream_models_FMA_multisource", model.Classifier, "v1")])
 def test_architecture_of_real_index_files(name, kind, variant):
     index = tensorflow.read_index(FIXTURES / "msspt_released_index" / name)
-    found, args = tensorflow.architecture(index, name)
-    assert (found, args.get("variant")) == (kind, variant)
-    net = found(**args)
+    network_class, args = tensorflow.architecture(index, name)
+    assert (network_class, args.get("variant")) == (kind, variant)
+    net = network_class(**args)
     for module, layer in zip(tensorflow.weighted_layers(net), index, strict=True):
         entry = layer.get("kernel", layer.get("gamma"))
         assert module.weight.numel() == math.prod(entry["shape"])
@@ -117,17 +117,17 @@ def test_16_bit_tensors(small, tmp_path, dtype, tolerance):
 @pytest.mark.parametrize("name", ["model.keras", "model.weights.h5", "MODEL.H5"])
 def test_keras_files_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match=f"{name} is a Keras file"):
+    with pytest.raises(ValueError, match=f"{name}.*Keras"):
         weights.load(tmp_path / name)
 
 
 def test_other_networks_are_refused(small):
     layers = tensorflow.read_index(small[1])
     for wrong in (layers[1:], layers[:-1], layers[:2]):
-        with pytest.raises(ValueError, match="checkpoint-1 is not a separator or classifier"):
+        with pytest.raises(ValueError, match="checkpoint-1 is not"):
             tensorflow.architecture(wrong, small[1])
     wider = model.Classifier(50, True, "tail", tail_widths=[8] * 7)
-    for net, wrong, where in ((wider, layers, "layer 0 "), (small[0], layers[:-1], "30 layers"),
+    for net, wrong, where in ((wider, layers, "layer 0 "), (small[0], layers[:-1], "for 31"),
                               (small[0], layers[1::-1] + layers[2:], "layer 0 ")):
         with pytest.raises(ValueError, match=f"checkpoint-1.* {where}"):
             tensorflow.copy_layers(wrong, net, small[1])
@@ -137,7 +137,7 @@ def test_truncated_or_changed_data_is_refused(small):
     data = Path(f"{small[1]}.data-00000-of-00001")
     raw = data.read_bytes()
     data.write_bytes(raw[:-1])
-    with pytest.raises(ValueError, match="download it again"):
+    with pytest.raises(ValueError, match="data-00000-of-00001: checksum"):
         weights.load(small[1])
     data.write_bytes(raw[:5000] + bytes([raw[5000] ^ 1]) + raw[5001:])
     with pytest.raises(ValueError, match="checksum"):
@@ -156,11 +156,11 @@ def test_a_changed_byte_in_the_index_is_an_error_or_harmless(small):
         at, change = int(rng.integers(len(raw))), int(rng.integers(1, 256))
         index.write_bytes(raw[:at] + bytes([raw[at] ^ change]) + raw[at + 1:])
         try:
-            found = tensors(small[1])
+            values = tensors(small[1])
         except ValueError:
             continue
-        for ours, theirs in zip(found, whole, strict=True):
+        for ours, theirs in zip(values, whole, strict=True):
             assert all(np.array_equal(ours[key], value) for key, value in theirs.items())
     index.write_bytes(raw[:100])
-    with pytest.raises(ValueError, match="not a TensorFlow checkpoint index"):
+    with pytest.raises(ValueError, match="checkpoint-1.index"):
         weights.load(small[1])

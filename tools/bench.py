@@ -1,18 +1,15 @@
 """
-Speed of training and inference on this machine, beside what the machine can do.
+Speed of training and inference, relative to the peak of this machine.
 
     python -m tools.bench                                       # full width, random waves
     python -m tools.bench --networks=separator,v1 --size=demo   # narrow networks
-    python -m tools.bench --networks=separator --data=data/musdb    # real data, and its wait
+    python -m tools.bench --networks=separator --data=data/musdb    # also the time lost on loading
     python -m tools.bench --networks=v1 --dtype=bfloat16 --compile=True
-    python -m tools.bench --networks=separator --profile=True   # also the slowest operators
 
-One row per network: median step in milliseconds; crops per second; TFLOP/s; the same relative to
-one large matrix product, and to the bare convolutions of the same shapes in PyTorch, both measured
-in the same process; peak memory; share of the time spent waiting for data; and inference speed in
-seconds of music per second. Ratios may exceed 100 %: direct convolution is counted, and Winograd's
-algorithm multiplies less. Each network runs in a process of its own. Run nothing else meanwhile.
-OMP_NUM_THREADS sets the number of threads.
+Per network: median step; TFLOP/s, also relative to one large matrix product and to the bare
+convolutions in PyTorch; peak memory; time spent waiting for data; inference speed in seconds of
+music per second. Ratios may exceed 100 %: direct convolution is counted, and Winograd's algorithm
+multiplies less. OMP_NUM_THREADS sets the number of threads. Run nothing else meanwhile.
 """
 import itertools
 import os
@@ -26,8 +23,7 @@ import torch
 import torch.nn as nn
 
 import model
-from common import device as devices
-from common import settings
+from common import device as devices, settings
 from common.device import AMP_DTYPES, CudaGraph
 from common.run import Meter
 from data import Clips, Mixes, Prepared, prefetch
@@ -40,7 +36,6 @@ batch_size = 0          # crops per step; 0: the paper's, 8 for separators and 1
 data = ""               # prepared stems, or clips with 50 tags; empty: random waves
 steps = 7               # timed steps, after the warm-up
 song = 60               # seconds of the song that is separated or tagged
-profile = False         # also print the slowest operators of a step
 device = ""             # cpu, cuda, mps; empty: cuda if there is one
 dtype = "float32"       # float32, bfloat16, float16: of the convolutional parts only
 compile = False         # torch.compile, as in training
@@ -70,17 +65,17 @@ def build(name):
     return model.Classifier(50, True, name, widths=widths, tail_widths=tail_widths), 16
 
 
-def batches(net, kind, count, on):
+def batches(net, separates, count, dev):
     """Infinite batches (waves, targets) of `count` crops, from `data` or random."""
     if not data:
         torch.manual_seed(1)
-        wave = 0.1 * torch.randn(count, getattr(net, "crop", model.CROP)).to(on)        # (B, N)
-        if kind == "separator":
-            return itertools.repeat((wave, torch.stack([wave] * len(net.sources), 1)))
-        return itertools.repeat((wave, (torch.rand(count, 50) < 0.1).float().to(on)))
-    prepared = Prepared(data, "stems" if kind == "separator" else "clips")
-    devices.keep_on_gpu(prepared, on)
-    if kind == "separator":
+        wave = 0.1 * torch.randn(count, getattr(net, "crop", model.CROP)).to(dev)       # (B, N)
+        target = torch.stack([wave] * len(net.sources), 1) if separates else (
+            (torch.rand(count, 50) < 0.1).float().to(dev))
+        return itertools.repeat((wave, target))
+    prepared = Prepared(data, "stems" if separates else "clips")
+    devices.keep_on_gpu(prepared, dev)
+    if separates:
         mixes = Mixes(prepared, "train", net.sources, 1)
         return prefetch(lambda k: mixes.batch(k * count, count), itertools.count(), workers)
     clips = Clips(prepared, "train", "tags")
@@ -88,55 +83,49 @@ def batches(net, kind, count, on):
     return prefetch(lambda k: clips.batch(k, clips.order(k)[:count]), itertools.count(), workers)
 
 
-def synchronize(on):
-    if on.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def warm_up(on):
+def warm_up(dev):
     """Untimed calls; on a GPU the fourth captures a CUDA graph."""
-    return 4 if on.startswith("cuda") else 2
+    return 4 if dev.startswith("cuda") else 2
 
 
-def median_seconds(work, on, count, before):
+def median_seconds(work, dev, count, before):
     """Median duration of work() in seconds over `count` calls, after `before` untimed ones."""
+    synchronize = torch.cuda.synchronize if dev.startswith("cuda") else lambda: None
     durations = []
     for _ in range(before + count):
-        synchronize(on)
+        synchronize()
         began = time.perf_counter()
         work()
-        synchronize(on)
+        synchronize()
         durations.append(time.perf_counter() - began)
     return statistics.median(durations[before:])
 
 
 def record_convolutions(net, wave):
     """[(convolution, input shape, whether the input needs a gradient)] of a forward pass."""
-    found, hooks = [], []
+    convolutions = []
 
     def record(module, args, _):
-        found.append((module, args[0].shape, args[0].requires_grad))
-
-    for module in net.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            hooks.append(module.register_forward_hook(record))
+            convolutions.append((module, args[0].shape, args[0].requires_grad))
+
+    hook = nn.modules.module.register_module_forward_hook(record)
     net(wave)
-    for hook in hooks:
-        hook.remove()
-    return found
+    hook.remove()
+    return convolutions
 
 
-def bare_seconds(convolutions, on, amp_dtype):
-    """Duration of the convolutions alone, forward and backward, in PyTorch."""
-    total, on_gpu = 0.0, on.startswith("cuda")
+def bare_seconds(convolutions, count, dev, amp_dtype):
+    """Duration of the convolutions alone on `count` crops, forward and backward, in PyTorch."""
+    total, on_gpu = 0.0, dev.startswith("cuda")
     repeats = 10 if on_gpu else 1       # a kernel launch takes as long as one of them
     for module, shape, needs_gradient in convolutions:
-        x = torch.randn(shape, device=on, dtype=amp_dtype or torch.float32)
+        x = torch.randn(count, *shape[1:], device=dev, dtype=amp_dtype or torch.float32)
         x = x.to(memory_format=torch.channels_last).requires_grad_(needs_gradient)
         kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.ConvTranspose2d
         bare = kind(
             module.in_channels, module.out_channels, module.kernel_size, module.stride,
-            module.padding).to(on, amp_dtype, memory_format=torch.channels_last)
+            module.padding).to(dev, amp_dtype, memory_format=torch.channels_last)
         gradient = torch.randn_like(bare(x))
         wanted = [t for t in (x, *bare.parameters()) if t.requires_grad]
 
@@ -146,33 +135,33 @@ def bare_seconds(convolutions, on, amp_dtype):
 
         if on_gpu:
             work = CudaGraph(work, [])
-        total += median_seconds(work, on, max(3, steps // 2), warm_up(on)) / repeats
+        total += median_seconds(work, dev, max(3, steps // 2), warm_up(dev)) / repeats
     return total
 
 
-def peak_gib(on):
-    if on.startswith("cuda"):
+def peak_gib(dev):
+    if dev.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2 ** 30
     unit = 1 if sys.platform == "darwin" else 2 ** 10       # of ru_maxrss, in bytes
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-def measure(name, on):
+def measure(name, dev):
     """The row of one network, as strings."""
     torch.manual_seed(1)
     net, count = build(name)
-    kind = "separator" if name.startswith("separator") else "classifier"
-    net, count = net.to(on).train(), batch_size or count
+    separates = isinstance(net, model.Separator)
+    net, count = net.to(dev).train(), batch_size or count
+    crop, on_gpu = getattr(net, "crop", model.CROP), dev.startswith("cuda")
+    convolutions = record_convolutions(net, torch.zeros(2, crop, device=dev))   # plain as yet
+    flops = count * devices.count_flops(net, crop, dev)
     net.amp_dtype = AMP_DTYPES[dtype]
-    on_gpu = on.startswith("cuda")
-    crop = getattr(net, "crop", model.CROP)
-    flops = count * devices.count_flops(net, crop, on)
-    devices.accelerate(net, on)
+    devices.accelerate(net, dev)
     optimizer = torch.optim.Adam(net.parameters(), 1e-4, eps=1e-7, fused=on_gpu)
-    source, meter = iter(batches(net, kind, count, on)), Meter()
+    source, meter = iter(batches(net, separates, count, dev)), Meter()
 
     def learn(wave, target):
-        if kind == "separator":
+        if separates:
             loss = model.l1_loss(net(wave), target)
         else:
             loss = model.crop_losses(net(wave), target, net.multilabel).mean()
@@ -181,77 +170,56 @@ def measure(name, on):
 
     if on_gpu:
         learn = CudaGraph(learn, net.parameters())
+        torch.cuda.reset_peak_memory_stats()
+    if compile:
+        devices.compile_parts([net.unet] if separates else net.train_parts().values(), dev)
 
     def step():
-        meter.add(learn(*meter.next_batch(source, on)))
+        meter.add(learn(*meter.next_batch(source, dev)))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    if compile:
-        devices.compile_parts([net.unet] if kind == "separator" else net.train_parts().values(), on)
-
-    # training
-    for _ in range(warm_up(on) + 1):
+    for _ in range(warm_up(dev) + 1):
         step()
     meter.reset()
-    seconds = median_seconds(step, on, steps, 0)
-    waiting, memory = meter.waited / (time.time() - meter.began), peak_gib(on)
-    if profile:
-        print_profile(step, on_gpu)
+    seconds = median_seconds(step, dev, steps, 0)
+    waiting, memory = meter.waited / (time.time() - meter.began), peak_gib(dev)
+    bare = bare_seconds(convolutions, count, dev, net.amp_dtype)
+    rate = devices.matmul_rate(dev, net.amp_dtype)
 
-    # the same convolutions in a plain network
-    plain = build(name)[0].to(on).train()
-    convolutions = record_convolutions(plain, torch.zeros(count, crop, device=on))
-    bare = bare_seconds(convolutions, on, net.amp_dtype)
-    rate = devices.matmul_rate(on, net.amp_dtype)
-
-    # inference
     net.eval()
     wave = 0.1 * torch.randn(song * model.SAMPLE_RATE)
-    use = model.separate if kind == "separator" else model.tag
+    infer = model.separate if separates else model.tag
     with torch.compiler.set_stance("force_eager"):
-        inference = median_seconds(lambda: use(net, wave), on, 3, 1)
+        inference = median_seconds(lambda: infer(net, wave), dev, 3, 1)
     achieved = flops / seconds
     return (name, f"{1000 * seconds:.4g}", f"{count / seconds:.1f}", f"{achieved / 1e12:.3f}",
             f"{achieved / rate:.0%}", f"{1000 * bare:.4g}", f"{bare / seconds:.0%}",
             f"{memory:.1f}", f"{waiting:.0%}", f"{song / inference:.0f}")
 
 
-def print_profile(step, on_gpu):
-    from torch.profiler import profile as profiler
-    with profiler() as profiled:
-        step()
-    order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
-    print(profiled.key_averages().table(sort_by=order, row_limit=25))
-
-
 def main():
-    config, _ = settings.configure(globals(), configs=False)
-    settings.check_numbers(config)
+    settings.configure(globals(), configs=False)
     settings.at_least(1, steps=steps, song=song)
     settings.at_least(0, batch_size=batch_size, workers=workers)
     settings.choose("size", size, ["full", "demo"])
     settings.choose("dtype", dtype, AMP_DTYPES)
     for name in networks:
         settings.choose("networks", name, ["separator", "separator4", *model.VARIANTS])
-    on, *_ = devices.setup_device(device)
+    dev, *_ = devices.setup_device(device)
     torch.backends.cudnn.benchmark = True       # as in training
 
     # each network in a process of its own: peak memory is that of the process
     if CHILD in os.environ:
-        print(line(measure(networks[0], on)), flush=True)
+        print(line(measure(networks[0], dev)), flush=True)
         return 0
-    machine = f"{torch.get_num_threads()} threads"
-    if on.startswith("cuda"):
-        machine = torch.cuda.get_device_name()
-    print(f"{on}, {machine}, PyTorch {torch.__version__}, {dtype}, {size} width\n")
+    machine = torch.cuda.get_device_name() if dev.startswith("cuda") else (
+        f"{torch.get_num_threads()} threads")
+    print(f"{dev}, {machine}, PyTorch {torch.__version__}, {dtype}, {size} width\n")
     print(line(HEADS) + "\n|" + " --- |" * len(HEADS), flush=True)
     for name in networks:
         child = [sys.executable, "-m", "tools.bench", *sys.argv[1:], f"--networks={name}"]
-        status = subprocess.run(child, env=os.environ | {CHILD: "1"}).returncode
-        if status:
+        if status := subprocess.run(child, env=os.environ | {CHILD: "1"}).returncode:
             return status
     return 0
 

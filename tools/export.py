@@ -3,19 +3,17 @@ Export of networks to ONNX and safetensors.
 
     python -m tools.export ckpt/vocals.pt           # ckpt/vocals.onnx, ckpt/vocals_wave.onnx
     python -m tools.export ckpt/mtat.pt released:vocals     # several
-    python -m tools.export ckpt/vocals.pt --to=safetensors  # ckpt/vocals.safetensors
+    python -m tools.export ckpt/vocals.pt --to=safetensors  # can be used wherever a .pt file can
 
-NAME.onnx takes magnitudes (batch, frames, 256), those of model.magnitudes. It returns the masks of
-a separator (batch, sources, frames, 256) or the scores of a classifier (batch, classes).
-NAME_wave.onnx takes waves (batch, samples) at 16 kHz and returns sources or scores. The batch size
-is free. A separator takes 64 k frames, or 10,240 k + 352 samples: cut songs into overlapping
+NAME.onnx: magnitudes (batch, frames, 256), as from model.magnitudes, to masks (batch, sources,
+frames, 256) or scores (batch, classes). NAME_wave.onnx: waves (batch, samples) at 16 kHz to sources
+or scores. A separator takes 64 k frames or 10,240 k + 352 samples: cut songs into overlapping
 windows, as model.separate does. A classifier takes one crop. Names and settings are in the
-metadata, as JSON under "about". Needs onnx and onnxscript.
-
-A .safetensors file can be used wherever a .pt file can. Needs safetensors.
+metadata, as JSON under "about". Needs onnx and onnxscript, or safetensors.
 """
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -34,37 +32,31 @@ from common.settings import die
 to = "onnx"             # onnx or safetensors
 out = ""                # folder to write to; empty: that of the checkpoint
 overwrite = False       # replace existing files
-
 # -----------------------------------------------------------------------------
-# the exported modules: without complex numbers, which ONNX lacks
-
-class Masks(nn.Module):
-    """Magnitudes (B, T, 256) -> masks (B, S, T, 256)."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.unet = net.unet
-
-    def forward(self, magnitude):
-        return self.unet(model.log_compress(magnitude)[:, None])[0]
-
 
 class Sources(nn.Module):
-    """Waves (B, N) -> sources (B, S, N), as Separator, with the inverse STFT as a convolution."""
+    """Waves (B, N) -> sources (B, S, N); or magnitudes (B, T, 256) -> masks (B, S, T, 256).
 
-    def __init__(self, net):
+    As Separator, with the inverse STFT as a convolution.
+    """
+
+    def __init__(self, net, from_wave):
         super().__init__()
-        self.masks = Masks(net)
+        self.unet, self.from_wave = net.unet, from_wave
         # the inverse STFT of each real and each imaginary unit vector is one row of the kernel
         ones = torch.eye(model.WIN // 2 + 1, dtype=torch.complex64)             # (257, 257)
         parts = torch.cat([ones, 1j * ones])[:, None]                           # (514, 1, 257)
         self.register_buffer("kernel", model.istft(parts)[:, None])             # (514, 1, 512)
 
-    def forward(self, wave):
-        spec = torch.view_as_real(model.stft(wave))                             # (B, T, 257, 2)
+    def masks(self, magnitude):
+        return self.unet(model.log_compress(magnitude)[:, None])[0]             # (B, S, T, 256)
+
+    def forward(self, x):
+        if not self.from_wave:
+            return self.masks(x)
+        spec = torch.view_as_real(model.stft(x))                                # (B, T, 257, 2)
         real, imaginary = spec[..., 0], spec[..., 1]                            # (B, T, 257)
-        magnitude = (real ** 2 + imaginary ** 2).sqrt()
-        masks = self.masks(magnitude[..., :model.BINS])                         # (B, S, T, 256)
+        masks = self.masks((real ** 2 + imaginary ** 2).sqrt()[..., :model.BINS])
         masks = F.pad(masks, (0, 1), value=1.0)                                 # (B, S, T, 257)
         both = torch.cat([masks * real[:, None], masks * imaginary[:, None]], -1)
         frames = both.flatten(0, 1).transpose(1, 2)                             # (B S, 514, T)
@@ -84,26 +76,22 @@ class Scores(nn.Module):
         return torch.sigmoid(logits) if self.net.multilabel else torch.softmax(logits, -1)
 
 
-# -----------------------------------------------------------------------------
-# writing
-
 def parts(net, from_wave):
     """(module to export, example input, {dimension: range of sizes})."""
     batch, k = torch.export.Dim("batch"), torch.export.Dim("k", max=10_000)
     if isinstance(net, model.Classifier):
         example = torch.rand(2, net.crop) if from_wave else torch.rand(2, net.frames, model.BINS)
         return Scores(net, from_wave), example, {0: batch}
-    if from_wave:
-        return Sources(net), torch.rand(2, model.CROP), {0: batch, 1: 64 * model.HOP * k + 352}
-    return Masks(net), torch.rand(2, model.FRAMES, model.BINS), {0: batch, 1: 64 * k}
+    example = torch.rand(2, model.CROP) if from_wave else torch.rand(2, model.FRAMES, model.BINS)
+    length = 64 * model.HOP * k + 352 if from_wave else 64 * k
+    return Sources(net, from_wave), example, {0: batch, 1: length}
 
 
-def save_onnx(net, meta, path):
+def save_onnx(net, meta, path, from_wave):
     """Writes one network. The tests compare the outputs of onnxruntime."""
     print(f"{path}: exporting takes half a minute", flush=True)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)     # hides notes on torchvision
-    from_wave, about = path.endswith("_wave.onnx"), weights.about(net, meta)
-    module, example, dynamic = parts(net, from_wave)
+    about, (module, example, dynamic) = weights.about(net, meta), parts(net, from_wave)
     with contextlib.redirect_stdout(io.StringIO()):             # hides the progress of each pass
         program = torch.onnx.export(
             module.eval(), (example,), dynamo=True, dynamic_shapes=(dynamic,), verbose=False,
@@ -120,22 +108,21 @@ def main():
         die(f"expected checkpoints, and in out a folder (got {paths} and out={out!r}): "
             "python -m tools.export ckpt/vocals.pt --out=FOLDER")
     endings = [".safetensors"] if to == "safetensors" else [".onnx", "_wave.onnx"]
-    targets = {}            # {path to write: checkpoint}
-    for path in paths:
+    targets = {}            # {path to write: (checkpoint, ending)}
+    for path, ending in itertools.product(paths, endings):
         folder = out or ("" if path.startswith("released:") else os.path.dirname(path))
-        for ending in endings:
-            target = os.path.join(folder, weights.name_of(path) + ending)
-            if target in targets:
-                die(f"{targets[target]} and {path} would both be written to {target}")
-            if os.path.exists(target) and not overwrite:
-                die(f"{target} exists: replace it with --overwrite=True, or write to another "
-                    "folder with --out=FOLDER")
-            targets[target] = path
-    for target, path in targets.items():
+        target = os.path.join(folder, weights.name_of(path) + ending)
+        if target in targets or os.path.exists(target) and not overwrite:
+            die(f"{target} exists, or is the export of two of these checkpoints: "
+                "--overwrite=True replaces existing files, --out=FOLDER writes elsewhere")
+        targets[target] = path, ending
+    for target, (path, ending) in targets.items():
         net, meta = weights.load(path)
         os.makedirs(os.path.dirname(target) or ".", exist_ok=True)
-        save = weights.save_safetensors if to == "safetensors" else save_onnx
-        save(net, meta, target)
+        if to == "safetensors":
+            weights.save_safetensors(net, meta, target)
+        else:
+            save_onnx(net, meta, target, from_wave=ending == "_wave.onnx")
         print(f"{target}: {os.path.getsize(target) / 1e6:.1f} MB")
 
 

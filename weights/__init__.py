@@ -4,6 +4,7 @@ Checkpoints of any kind: .pt, .safetensors, TensorFlow's, and the authors' by na
     import weights
     net, meta = weights.load("ckpt/vocals.pt")      # or released:vocals, or a TensorFlow prefix
 """
+import fnmatch
 import json
 import os
 import re
@@ -22,9 +23,8 @@ def load(path, device="cpu"):
     """(net in eval mode on `device`, meta) of a checkpoint.
 
     path: a .pt or .safetensors file, the prefix of a TensorFlow checkpoint (or one of its files),
-    or released:NAME. meta is a dictionary: kind (separator or classifier), args of the class in
-    model.py, step, config, classes (names or None), and more. FileNotFoundError if there is no
-    such file. ValueError if it is not a checkpoint of one of these networks.
+    or released:NAME. meta has kind (separator or classifier), args of the class in model.py, step,
+    config, classes (names or None), and more. FileNotFoundError, or ValueError for other files.
     """
     path = str(path)
     prefix = re.sub(r"\.(index|data-\d{5}-of-\d{5})$", "", path)
@@ -34,8 +34,7 @@ def load(path, device="cpu"):
     elif os.path.exists(f"{prefix}.index"):
         net, meta = tensorflow.load(prefix)
     elif not os.path.isfile(path):
-        raise FileNotFoundError(
-            f"no checkpoint at {path}: neither that file nor {prefix}.index exists")
+        raise FileNotFoundError(f"no checkpoint at {path}, and no {prefix}.index")
     else:
         meta = read_checkpoint(path)
         try:
@@ -55,18 +54,16 @@ def read_checkpoint(path):
     if path.lower().endswith((".keras", ".h5", ".hdf5")):
         raise ValueError(f"{path} is a Keras file: load it in TensorFlow with Keras 2, save it "
                          "with model.save_weights('NAME', save_format='tf'), and give NAME")
-    is_safetensors = path.endswith(".safetensors")
-    if is_safetensors:
+    if path.endswith(".safetensors"):
         import safetensors  # here: an optional package
     try:
-        if is_safetensors:
+        if path.endswith(".safetensors"):
             with safetensors.safe_open(path, "pt") as f:
                 saved = json.loads(f.metadata()["about"])
                 saved["model"] = {name: f.get_tensor(name) for name in f.keys()}
         else:
             saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"kind", "model", "args"} <= saved.keys():
-            raise KeyError("kind, model, args")
+        saved["kind"], saved["args"], saved["model"]
     except Exception as e:  # zip, pickle, JSON, safetensors: there is no common error type
         raise ValueError(f"{path} is not a checkpoint of this project, or is incomplete "
                          f"({type(e).__name__})") from e
@@ -74,7 +71,7 @@ def read_checkpoint(path):
 
 
 def about(net, meta):
-    """The header of an exported network: plain values only."""
+    """The header of an exported network, as values that JSON can hold."""
     header = {key: meta[key] for key in KEPT if key in meta}
     header |= {"gives": "scores", "sample_rate": model.SAMPLE_RATE}
     if meta["kind"] == "separator":
@@ -91,7 +88,7 @@ def save_safetensors(net, meta, path):
 
 
 def name_of(path):
-    """The name of a checkpoint in results; of a TensorFlow prefix it begins with the folder."""
+    """The name of a checkpoint in results; FOLDER_PREFIX for a TensorFlow checkpoint."""
     path = str(path)
     if path.startswith("released:"):
         return path.replace(":", "_")
@@ -102,18 +99,18 @@ def name_of(path):
 
 
 def load_matching(net, state, source, allow_missing=()):
-    """Copies tensors {name: tensor} into a module. ValueError unless all names and shapes agree.
+    """Copies tensors {name: tensor} into a module. ValueError unless all names and shapes match.
 
-    Tensors whose names contain one of the strings in `allow_missing` may be missing in `state`.
+    allow_missing: patterns, such as "out.*", of names that may be missing in `state`.
     """
     own = net.state_dict()
-    unlike = [f"{name} {tuple(state[name].shape)} instead of {tuple(own[name].shape)}"
-              for name in own if name in state and own[name].shape != state[name].shape]
-    problems = {"missing": [name for name in own if name not in state
-                            and not any(part in name for part in allow_missing)],
-                "unexpected": [name for name in state if name not in own],
-                "of another shape": unlike}
-    faults = [f"{len(names)} {problem} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    problems = {
+        "missing": [name for name in own if name not in state
+                    and not any(fnmatch.fnmatchcase(name, pattern) for pattern in allow_missing)],
+        "unexpected": [name for name in state if name not in own],
+        "of another shape": [f"{name} {tuple(state[name].shape)} instead of {tuple(w.shape)}"
+                             for name, w in own.items() if state.get(name, w).shape != w.shape]}
+    faults = [f"{len(names)} {problem} ({', '.join(names[:3])})"
               for problem, names in problems.items() if names]
     if faults:
         raise ValueError(f"{source} does not fit this network: tensors {'; '.join(faults)}")
@@ -123,5 +120,5 @@ def load_matching(net, state, source, allow_missing=()):
 
 
 def inflate(kernel, n):
-    """(C, 1, h, w) -> (C, n, h, w) divided by n: equal inputs give the same output as before."""
+    """Kernel (C, 1, h, w) -> (C, n, h, w) / n: n equal inputs give the output of one."""
     return kernel.expand(-1, n, -1, -1) / n

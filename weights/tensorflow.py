@@ -1,9 +1,6 @@
 """
 TensorFlow checkpoints, read without TensorFlow: the format of the authors' released weights.
 
-    from weights import tensorflow
-    net, meta = tensorflow.load("downstream_models/MTAT/vocals/checkpoint-25")
-
 PREFIX.index is a LevelDB table: blocks of prefix-compressed keys, and for each key a small protobuf
 (dtype, shape, shard, offset, size, CRC-32C). PREFIX.data-00000-of-00001, and further shards, hold
 raw little-endian tensors. Sizes and checksums are verified on every read.
@@ -15,12 +12,10 @@ import google_crc32c
 import numpy as np
 import torch
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import model
 
-MAGIC = bytes.fromhex("57fb808b247547db")
-FOOTER = 48                             # bytes at the end of an index: two handles, padding, MAGIC
+FOOTER = 48                             # bytes at the end of an index: two handles, padding, magic
 KEY = re.compile(r"layer_with_weights-(\d+)/(kernel|bias|gamma|beta|moving_mean|moving_variance)"
                  r"/\.ATTRIBUTES/VARIABLE_VALUE")
 BFLOAT16 = 14
@@ -57,9 +52,9 @@ def _block(buf, offset, size):
     restarts = int.from_bytes(block[-4:], "little")
     end, at, key = len(block) - 4 * (restarts + 1), 0, b""
     while at < end:
-        shared, fresh, length, at = _varints(block, at, 3)
-        key = key[:shared] + block[at:at + fresh]
-        at += fresh + length
+        shared, unshared, length, at = _varints(block, at, 3)
+        key = key[:shared] + block[at:at + unshared]
+        at += unshared + length
         yield key, block[at - length:at]
 
 
@@ -75,15 +70,12 @@ def _fields(buf):
     at = 0
     while at < len(buf):
         tag, at = _varints(buf, at, 1)
-        if tag & 7 == 0:
-            value, at = _varints(buf, at, 1)
-        elif tag & 7 == 2:
-            size, at = _varints(buf, at, 1)
-            value, at = buf[at:at + size], at + size
-        elif tag & 7 == 5:
+        if tag & 7 == 5:                # fixed 32 bits
             value, at = int.from_bytes(buf[at:at + 4], "little"), at + 4
         else:
-            raise ValueError(f"unexpected protobuf wire type {tag & 7}")
+            value, at = _varints(buf, at, 1)
+        if tag & 7 == 2:                # the value is a length
+            value, at = buf[at:at + value], at + value
         yield tag >> 3, value
 
 
@@ -105,42 +97,38 @@ def read_index(prefix):
     path = f"{prefix}.index"
     with open(path, "rb") as f:
         buf = f.read()
-    if len(buf) < FOOTER or not buf.endswith(MAGIC):
-        raise ValueError(f"{path} is not a TensorFlow checkpoint index")
-    layers, shards = {}, 1
+    layers, header = {}, {}
     try:
         for key, value in _table(buf):
             match = KEY.fullmatch(key.decode("utf-8", "replace"))
-            if key == b"":                          # the header, which comes first
+            if key == b"":              # the header, which comes first
                 header = dict(_fields(value))
-                shards = header.get(1, 1)
-                if header.get(2, 0) != 0:
-                    raise ValueError("big-endian tensors are not supported")
-            if match:
-                layers.setdefault(int(match[1]), {})[match[2]] = _entry(value, prefix, shards)
+            elif match:
+                entry = _entry(value, prefix, header.get(1, 1))
+                layers.setdefault(int(match[1]), {})[match[2]] = entry
     except (ValueError, IndexError, TypeError) as e:
-        raise ValueError(f"{path} is damaged ({e}): delete it and download it again") from e
-    if not layers:
-        raise ValueError(f"{path} belongs to another network: it has no layer_with_weights-N")
+        raise ValueError(f"{path} is damaged ({e}), or not a TensorFlow checkpoint index: "
+                         "download it again") from e
+    if not layers or header.get(2, 0):
+        raise ValueError(f"{path} belongs to another network (no layer_with_weights-N), or to a "
+                         "big-endian machine")
     return [layers[n] for n in sorted(layers)]
 
 
 def read_tensor(entry, name):
     """The float32 array of an index entry; float16 and bfloat16 are converted."""
-    file, dtype, size = entry["file"], entry["dtype"], entry["size"]
-    if dtype not in BYTES or size != BYTES[dtype] * math.prod(entry["shape"]):
-        raise ValueError(f"{file}: {name} is {entry['shape']} in {size} bytes of type {dtype}; "
-                         "types 1 (float32), 14 (bfloat16) and 19 (half) are supported")
-    with open(file, "rb") as f:
+    dtype, shape = entry["dtype"], entry["shape"]
+    with open(entry["file"], "rb") as f:
         f.seek(entry["offset"])
-        raw = f.read(size)
-    if masked_crc32c(raw) != entry["crc"]:          # or the file is too short
-        raise ValueError(f"{file}: checksum mismatch in {name}: delete it and download it again")
-    if dtype == BFLOAT16:                           # the upper half of a float32
+        raw = f.read(entry["size"])
+    if len(raw) != BYTES.get(dtype, 0) * math.prod(shape) or masked_crc32c(raw) != entry["crc"]:
+        raise ValueError(f"{entry['file']}: checksum mismatch in {name} (delete it and download it "
+                         f"again), or type {dtype} is not float32, bfloat16 or half")
+    if dtype == BFLOAT16:               # the upper half of a float32
         values = (np.frombuffer(raw, "<u2").astype(np.uint32) << 16).view(np.float32)
     else:
         values = np.frombuffer(raw, f"<f{BYTES[dtype]}").astype(np.float32)
-    return values.reshape(entry["shape"])
+    return values.reshape(shape)
 
 
 def masked_crc32c(raw):
@@ -195,7 +183,7 @@ def architecture(layers, prefix):
     variant = "v3" if adapters else "v3_concat"
     if not unet:
         variant = "tail"
-    elif widths[1] == 2 * widths[0]:                # only v1 widens at the second block
+    elif widths[1] == 2 * widths[0]:    # only v1 widens at the second block
         variant = "v1"
     return model.Classifier, args | {
         "n_classes": n_classes, "multilabel": n_classes == 50, "variant": variant,
@@ -204,32 +192,31 @@ def architecture(layers, prefix):
 
 def weighted_layers(net):
     """Modules with weights in the order of definition, which is the authors' Keras layer order."""
-    kinds = (nn.Conv2d, nn.ConvTranspose2d, _BatchNorm, nn.Linear)
+    kinds = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm1d, nn.BatchNorm2d, nn.Linear)
     return [m for m in net.modules() if isinstance(m, kinds)]
 
 
 def copy_layers(layers, net, prefix):
     """Copies all tensors of a checkpoint into a network; ValueError if one does not fit."""
     modules = weighted_layers(net)
-    if len(layers) != len(modules):
-        raise ValueError(f"{prefix} has {len(layers)} layers instead of {len(modules)}")
     flattened = next((m for m in modules if isinstance(m, nn.Linear)), None)
-    for n, (module, layer) in enumerate(zip(modules, layers, strict=True)):
-        try:
+    arrays = [{NAMES[key]: read_tensor(entry, f"layer {n} {key}") for key, entry in layer.items()}
+              for n, layer in enumerate(layers)]
+    try:
+        for module, layer in zip(modules, arrays, strict=True):
             module.load_state_dict({
-                NAMES[key]: _to_pytorch(read_tensor(entry, f"layer {n} {key}"), module is flattened)
-                for key, entry in layer.items()})
-        except RuntimeError as e:                   # other variables or shapes
-            raise ValueError(f"{prefix}: layer {n} does not fit {module}: "
-                             f"{' '.join(str(e).split()):.200}") from e
+                name: _to_pytorch(array, module is flattened) for name, array in layer.items()})
+    except (RuntimeError, ValueError) as e:     # other variables, shapes or number of layers
+        reason = " ".join(str(e).split())[:200]
+        raise ValueError(f"{prefix} has {len(layers)} layers for {len(modules)}; layer "
+                         f"{modules.index(module)} does not fit: {reason}") from e
 
 
 def _to_pytorch(array, flattened):
     """An array in PyTorch's layout. `flattened`: it belongs to the layer after Keras' Flatten."""
     value = torch.from_numpy(array)
-    if value.dim() == 2 and flattened:              # Keras flattens (time, mel, channel)
-        value = value.view(2, 1, -1, value.shape[1])
     if value.dim() == 4:
-        value = value.permute(3, 2, 0, 1)           # (h, w, in, out) -> (out, in, h, w)
-        return value.flatten(1) if flattened else value
-    return value.T if value.dim() == 2 else value
+        return value.permute(3, 2, 0, 1)        # (h, w, in, out) -> (out, in, h, w)
+    if value.dim() == 2 and flattened:          # Keras flattens (time, channel), we (channel, time)
+        value = value.view(2, -1, value.shape[1]).transpose(0, 1).flatten(0, 1)
+    return value.t()

@@ -23,31 +23,29 @@ def load_vit(net, path):
     The patch kernel is averaged over red, green and blue, and divided among the input channels. The
     square grid of positions is interpolated to (T/16, 8). ValueError if the file does not fit.
     """
-    width, depth, heads = net.norm.weight.numel(), len(net.layers), net.layers[0].attention.heads
+    width, size = net.norm.weight.numel(), (len(net.layers), net.layers[0].attention.heads)
     try:
         with np.load(path) as file:
             arrays = {key: torch.from_numpy(file[key].astype(np.float32)) for key in file.files}
-        if not all(array.isfinite().all() for array in arrays.values()):
-            raise ValueError("not all values are finite")
-        if f"{BLOCK}{depth}/LayerNorm_0/scale" in arrays:
-            raise ValueError(f"it has more than {depth} layers")
-        theirs = len(arrays[f"{BLOCK}0/{LAYER['attention.query']}/bias"])       # (heads, D')
-        if theirs != heads:
-            raise ValueError(f"it has {theirs} heads")
-        load_matching(net, to_pytorch(arrays, net), path, ("adapters", "out.", "mean", "std"))
-    except Exception as e:  # np.load has no error type of its own: zip, zlib, pickle, memory
-        raise ValueError(f"{path} is not a ViT for --transformer={width},{depth},{heads}, or is "
-                         f"incomplete ({type(e).__name__}: {e}); ViT-B/16 needs "
+        queries = [w for key, w in arrays.items() if key.endswith("/query/bias")]
+        found = len(queries), len(queries[0])                       # each is (heads, D')
+        if found != size or not all(array.isfinite().all() for array in arrays.values()):
+            raise ValueError(f"it has {found[0]} layers of {found[1]} heads, or values that are "
+                             "not finite")
+        load_matching(net, to_pytorch(arrays, net), path, ("adapters.*", "out.*", "mean", "std"))
+    except Exception as e:  # np.load raises errors of zipfile, zlib, pickle and others
+        raise ValueError(f"{path} is not a ViT for --transformer={width},{size[0]},{size[1]}, or "
+                         f"is incomplete ({type(e).__name__}: {e}); ViT-B/16 needs "
                          "--transformer=768,12,12") from e
 
 
 def to_pytorch(arrays, net):
     """{name in the file: array} -> {name in net: tensor}."""
     kernel = arrays["embedding/kernel"].mean(2)                     # (16, 16, D)
+    positions = arrays["Transformer/posembed_input/pos_embedding"]
     state = {
         "class_token": arrays["cls"],
-        "positions": resize(arrays["Transformer/posembed_input/pos_embedding"],
-                            net.positions.shape[1] - 1),
+        "positions": resize(positions, net.positions.shape[1] - 1),
         "patches.weight": inflate(kernel.permute(2, 0, 1)[:, None], net.patches.in_channels),
         "patches.bias": arrays["embedding/bias"],
         "norm.weight": arrays["Transformer/encoder_norm/scale"],
@@ -63,7 +61,7 @@ def to_pytorch(arrays, net):
 
 
 def resize(positions, patches):
-    """Positions (1, n * n + 1, D) of a square of patches -> (1, P + 1, D) of ours, (T/16) x 8."""
+    """Positions (1, n * n + 1, D) of a square of patches -> (1, P + 1, D) for (T/16) x 8."""
     head, grid = positions[:, :1], positions[:, 1:]
     side, mels = round(grid.shape[1] ** 0.5), MELS // PATCH
     grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)      # (1, D, n, n)
