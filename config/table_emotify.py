@@ -27,7 +27,7 @@ rows = {
     "scratch": "",
     "vocals": "--init={vocals} --unet_lr=0.1",
     "three": "--init={three} --unet_lr=0.1",
-    # both halves are trained already: half the epochs
+    # both halves are trained already: half the epochs, or a third with a quarter of the labels
     "joined": "--variant=v3 --init={three} --tail={tail} --unet_lr=0.1 --epochs=8",
 }
 labels = {1.0: "", 0.25: "--epochs=24"}

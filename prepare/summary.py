@@ -86,7 +86,7 @@ def gaps(index):
                      f"split or fold, according to the table, such as {divided[0]}")
     for split in SPLITS:
         chosen = [item for item in index["items"] if item["split"] == split]
-        missing = [name for task, names in (index.get("classes") or {}).items()
+        missing = [f"{name} ({task})" for task, names in (index.get("classes") or {}).items()
                    for c, name in enumerate(names) if not any(c in i.get(task, []) for i in chosen)]
         segments = sum(max(0, (i["length"] - SEGMENT) // SEGMENT_HOP + 1) for i in chosen)
         if not chosen:
