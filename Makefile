@@ -1,5 +1,5 @@
-# make demo   the whole pipeline on synthetic music: 6 to 30 minutes on two cores; results/table_demo
-# make test   ruff and all tests, about eight minutes
+# make demo   the whole pipeline on synthetic music: 6 to 9 minutes on two cores; results/table_demo
+# make test   ruff and all tests, about five minutes
 # Both create a virtual environment in $(VENV) first. An interrupted demo resumes.
 
 PYTHON ?= python3
