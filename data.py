@@ -62,6 +62,9 @@ def problem_of(index, kind):
         if index.get(key) != needed:
             return (f"has {key} {index.get(key)!r}, not {needed!r}: separation needs stems, "
                     f"classification clips, and all models take {SAMPLE_RATE} Hz")
+    if kind == "clips" and not (isinstance(index["classes"], dict)
+                                and isinstance(index["multilabel"], list)):
+        return "needs classes (a dict of lists) and multilabel (a list), see data.py"
     tracks, end = len(TRACKS) if kind == "stems" else 1, index["n_samples"]
     for item in index["items"]:
         start, n = item.get("offset"), item.get("length")

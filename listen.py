@@ -314,7 +314,7 @@ def main():
     config, paths = settings.configure(globals(), configs=False)
     settings.check_numbers(config)
     settings.choose("codec", codec, list(audio.ENCODERS))
-    settings.at_least(0, hop=hop)
+    settings.at_least(1 / SAMPLE_RATE if hop else 0, hop=hop)
     if not paths:
         die("name one or more songs or folders: python listen.py song.mp3")
     songs = find_songs(paths)

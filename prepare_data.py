@@ -12,9 +12,7 @@ Turns datasets into the prepared format that training reads (see data.py).
     python prepare_data.py stems --path=FOLDER      # your own songs: a folder of stems each
 
 It works like make: the same command resumes after an interruption, decodes only new and changed
-files, and updates labels and splits.
-
-Exit status: 0 complete, 1 error, 3 some files were left out or are damaged.
+files, and updates labels and splits. Exit status 3: some files were left out or are damaged.
 """
 import importlib
 import inspect

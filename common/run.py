@@ -97,6 +97,8 @@ class Run:
     """
 
     def __init__(self, out, resume, overwrite, rank=0):
+        if not out.endswith(".pt"):
+            die(f"out={out} must end in .pt")
         self.name = out.removesuffix(".pt")
         self.files = [self.name + ending for ending in (".pt", ".resume", ".jsonl")]
         self.out, self.last, self.log_path = self.files
@@ -218,7 +220,10 @@ def tracker(name, folder, config, step):
         return lambda entry: None
     if name == "wandb":
         import wandb
-        board = wandb.init(project="music-sep-pretrain", name=folder, config=config)
+        try:
+            board = wandb.init(project="music-sep-pretrain", name=folder, config=config)
+        except Exception as e:      # no login, no network: each has an exception of its own
+            die(f"track=wandb does not work here ({type(e).__name__}: {e})")
         return lambda entry: board.log(entry, step=entry["step"])
     from torch.utils.tensorboard import SummaryWriter
     board = SummaryWriter(folder, purge_step=step)      # drops entries after the stop

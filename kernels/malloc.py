@@ -1,6 +1,4 @@
-"""
-glibc's allocator, tuned for training on CPUs.
-"""
+"""glibc's allocator, tuned for training on CPUs."""
 import ctypes
 import mmap
 import sys

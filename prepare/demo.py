@@ -8,8 +8,7 @@ levels. Bass and accompaniment share their low notes, accompaniment and voice th
 pitch alone does not separate the sources.
 
 The tags are a miniature of MagnaTagATune's 50: instruments, kinds of voice, no voice, genres,
-tempo, loudness and mood, in similar proportions. The genre depends on drums and bass. There are few
-labelled clips, so that pre-training can make a difference.
+tempo, loudness and mood. The genre depends on drums and bass. There are few labelled clips.
 """
 import functools
 

@@ -245,3 +245,11 @@ def test_audio_larger_than_memory_can_be_opened(tmp_path):
         "classes": {"tags": ["x"]}, "multilabel": ["tags"]}))
     prepared = data.Prepared(str(tmp_path), "clips")
     assert not prepared.read(item).any()
+
+
+@pytest.mark.parametrize("key, value", [("classes", None), ("classes", ["a"]), ("multilabel", 3)])
+def test_an_index_without_classes_names_the_key(demo, tmp_path, key, value):
+    index = index_of(demo / "demo_clips") | {key: value}
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=key):
+        data.Prepared(str(tmp_path), "clips")

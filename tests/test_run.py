@@ -4,6 +4,8 @@ The files of a run: nothing is overwritten unasked, and only equal runs are resu
 import importlib.util
 import json
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -51,11 +53,19 @@ def test_an_impossible_path_is_refused(tmp_path):
         runs.Run(str(tmp_path / "file" / "a.pt"), False, False)
 
 
-def test_the_ending_of_a_checkpoint_is_added(tmp_path):
-    assert runs.Run(str(tmp_path / "a"), False, False).out == str(tmp_path / "a.pt")
-    (tmp_path / "a.pt").write_text("")
-    with pytest.raises(SystemExit, match="a.pt exists"):
-        runs.Run(str(tmp_path / "a"), False, False)
+@pytest.mark.parametrize("name", ["a", "a.pth", ""])
+def test_other_endings_of_a_checkpoint_are_refused(tmp_path, name):
+    with pytest.raises(SystemExit, match=r"\.pt$"):
+        runs.Run(f"{tmp_path}/{name}", False, False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tracker_that_fails_is_one_line(tmp_path, monkeypatch):
+    def init(**_):
+        raise Exception("no login")
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    with pytest.raises(SystemExit, match="wandb.*no login"):
+        runs.tracker("wandb", str(tmp_path / "a"), {}, 0)
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(tmp_path):

@@ -43,7 +43,6 @@ workers = 2             # threads that prefetch data
 # -----------------------------------------------------------------------------
 
 DEMO = os.path.join(os.path.dirname(__file__), "..", "config", "demo_tags.py")
-STEMS = ["vocals", "other", "drums", "bass"]
 HEADS = ("network", "ms/step", "crops/s", "TFLOP/s", "of matmul", "bare conv. ms", "of bare conv.",
          "GiB", "waiting", "music s/s")
 CHILD = "BENCH_CHILD"           # in the environment of the processes that measure
@@ -60,7 +59,7 @@ def build(name):
     if name == "separator":
         return model.Separator(["vocals"], widths), 8
     if name == "separator4":
-        return model.Separator(STEMS, widths, "avg"), 8
+        return model.Separator(["vocals", "other", "drums", "bass"], widths, "avg"), 8
     tail_widths = None if name.startswith("ast") else tail_widths
     return model.Classifier(50, True, name, widths=widths, tail_widths=tail_widths), 16
 

@@ -5,8 +5,6 @@ The authors' released weights by name. They are downloaded once, to ckpt/release
     python -m weights.released vocals                       # download one
     python finetune_cls.py --init=released:vocals           # start from a separator
     python eval.py released:mtat_vocals                     # evaluate a classifier, on data/mtat
-    python finetune_cls.py config/mtat.py --variant=v3 --init=released:vocals \\
-        --tail=released:mtat_tail                           # join two
 
 Each name stands for the two files of a TensorFlow checkpoint. Interrupted downloads resume, and are
 accepted only if the content has the git blob id of the authors' file.
