@@ -289,8 +289,7 @@ def stratified_subset(targets, fraction):
 def prefetch(make, numbers, workers, pin=False):
     """Yields make(n) for n in numbers, in order, computed by `workers` threads.
 
-    At most 2 results per thread are computed in advance; with 0 workers none. pin: moves CPU
-    tensors to pinned memory, from which copying to a GPU is faster.
+    At most 2 results per thread are computed in advance; with 0 workers none. pin: pins memory.
     """
     def job(n):
         tensors = make(n)
@@ -300,8 +299,9 @@ def prefetch(make, numbers, workers, pin=False):
         yield from map(job, numbers)
         return
     numbers = iter(numbers)
-    # torch ops in loader threads would oversubscribe the cores, so these use one core each; the
-    # setting is per thread, and the training thread keeps its own
+    # torch ops in loader threads would oversubscribe the cores, so these use one core each; this
+    # thread keeps its own setting once it has read it
+    torch.get_num_threads()
     pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
         waiting = [pool.submit(job, n) for n in islice(numbers, 2 * workers)]

@@ -236,8 +236,8 @@ ENCODERS = {"wav": "pcm_s16le", "flac": "flac", "mp3": "libmp3lame", "opus": "li
 LAYOUTS = ("mono", "stereo", "3.0", "quad", "5.0", "5.1", "6.1", "7.1")     # 1 to 8 channels
 BIT_RATE = 96_000       # of mp3 and opus, per channel
 
-# not soundfile: libsndfile 1.2.2 writes mp3 from int16 at half the amplitude, and loses the
-# OSError of a full disk in its callbacks
+# not soundfile: libsndfile 1.2.2 loses the OSError of a full disk in its callbacks, and attenuates
+# mp3 from int16
 
 
 class Sink:

@@ -3,11 +3,13 @@ Prepared data: mixes, clips, invalid folders; and the demo's synthetic music.
 """
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import index_of, prepare
+from conftest import ROOT, index_of, prepare
 
 import data
 import model
@@ -253,3 +255,13 @@ def test_an_index_without_classes_names_the_key(demo, tmp_path, key, value):
     (tmp_path / "index.json").write_text(json.dumps(index))
     with pytest.raises(ValueError, match=key):
         data.Prepared(str(tmp_path), "clips")
+
+
+def test_loader_threads_leave_the_threads_of_the_caller():
+    code = """
+import torch, data
+torch.set_num_threads(2)
+list(data.prefetch(lambda n: torch.ones(10).sum(), range(4), 2))
+print(torch.get_num_threads())"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr
